@@ -1,0 +1,56 @@
+"""Puts the trained parts together: a stock FluxPipeline folder in fp16 safetensors, and how it was made."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from diffusers import FluxPipeline
+
+from leapalign.zoo.shapes import PIPELINE_FOLDER, REWARD_FOLDER
+from leapalign.zoo.shapes.networks import build_scheduler
+from leapalign.zoo.shapes.progress import load_state
+from leapalign.zoo.shapes.train_autoencoder import load_autoencoder
+from leapalign.zoo.shapes.train_flow import Average, TextToFlow, accuracy
+
+
+def assemble(work: Path) -> tuple[FluxPipeline, TextToFlow]:
+    """The pipeline with the averaged weights of the flow stage. Raises FileNotFoundError where a stage has not run."""
+    file = work / "flow.pt"
+    if not file.exists():
+        raise FileNotFoundError(f"{file} is not there; run the flow stage first")
+    model = TextToFlow()
+    average = Average(model.parameters(), decay=0.0)
+    load_state(file, average=average)
+    average.copy_to(model)
+    pipeline = FluxPipeline(
+        scheduler=build_scheduler(),
+        vae=load_autoencoder(work, "cpu"),
+        text_encoder=model.clip,
+        tokenizer=model.clip_tokenizer,
+        text_encoder_2=model.t5,
+        tokenizer_2=model.t5_tokenizer,
+        transformer=model.transformer,
+    )
+    return pipeline, model
+
+
+def export(work: Path) -> None:
+    """Replace the package's `pipeline/` and `reward/` folders by what `work` holds, with a `training.json`."""
+    pipeline, model = assemble(work)
+    scores = accuracy(model, pipeline.vae, "cpu", per_prompt=8)
+    shutil.rmtree(PIPELINE_FOLDER, ignore_errors=True)
+    pipeline.to(dtype=torch.float16).save_pretrained(PIPELINE_FOLDER)
+    shutil.rmtree(REWARD_FOLDER, ignore_errors=True)
+    shutil.copytree(work / "reward", REWARD_FOLDER)
+    record = {
+        "command": "python -m leapalign.zoo.shapes train",
+        "accuracy": {name: round(value, 4) for name, value in scores.items()},
+        "reward": json.loads((REWARD_FOLDER / "config.json").read_text()),
+    }
+    (PIPELINE_FOLDER / "training.json").write_text(json.dumps(record, indent=2) + "\n")
+    files = [f for folder in (PIPELINE_FOLDER, REWARD_FOLDER) for f in folder.rglob("*") if f.is_file()]
+    print(f"accuracy before alignment: {record['accuracy']}")
+    print(f"wrote {len(files)} files, {sum(f.stat().st_size for f in files) / 2**20:.1f} MiB")

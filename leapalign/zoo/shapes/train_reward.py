@@ -1,0 +1,234 @@
+"""Stage 3 of pretraining: the two-tower reward, contrastively, with hard and corrupted negatives.
+
+Which texts are true of which scene is known exactly, so every entry of the picture-text matrix gets its true label (a
+text of another sample that happens to be true is a positive). Each sample adds hard negative texts: swapped
+attributes, inverted relations, other counts. Half of the pictures are the autoencoder's reconstructions, since those
+are what the reward will see.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
+
+from leapalign.zoo.shapes.corruptions import corrupt
+from leapalign.zoo.shapes.progress import Progress, load_state, save_state
+from leapalign.zoo.shapes.prompts import NUMBERS, phrase, sample_specs
+from leapalign.zoo.shapes.reward import TwoTower, save_reward, word_ids
+from leapalign.zoo.shapes.scenes import CATEGORIES, COLOUR_NAMES, RELATIONS, SHAPES, Scenes, Spec, render, sample_scenes
+from leapalign.zoo.shapes.train_autoencoder import load_autoencoder
+
+BATCH = 80
+CORRUPTED = 28  # further pictures of a batch that are wrong for every text
+HARD = 2  # hard negative texts a sample
+STEPS = 4000
+LEARNING_RATE = 1e-3
+POOL = 60_000  # scenes
+NOISED = 12_000  # decoded from noised latents: what an unfinished sampler would show
+
+
+def hard_negatives(spec: Spec) -> list[Spec]:
+    """Specs one change away from `spec`: each differs in exactly one thing that the prompt says."""
+    items, category = spec.objects, spec.category
+    others = [s for s in SHAPES if s not in {shape for shape, _ in items}]
+    if category == "single_object":
+        return [Spec(category, ((s, None),)) for s in others] + [Spec("counting", items * 2)]
+    if category == "two_object":
+        return [Spec(category, (items[0], (s, None))) for s in others] + [Spec("single_object", items[:1])]
+    if category == "counting":
+        counts = [Spec(category, items[:1] * n) for n in NUMBERS if n != len(items)]
+        return counts + [Spec(category, ((s, None),) * len(items)) for s in others]
+    if category == "colors":
+        (shape, colour) = items[0]
+        recoloured = [Spec(category, ((shape, c),)) for c in COLOUR_NAMES if c != colour]
+        return recoloured + [Spec(category, ((s, colour),)) for s in others]
+    if category == "position":
+        turned = [Spec(category, items, r) for r in RELATIONS if r != spec.relation]
+        return [*turned, Spec(category, (items[1], items[0]), spec.relation)]
+    (a, c), (b, d) = items
+    swapped = [Spec(category, ((a, d), (b, c)))] * 3
+    recoloured = [Spec(category, ((a, c), (b, e))) for e in COLOUR_NAMES if e not in (c, d)]
+    return swapped + recoloured + [Spec(category, ((a, c), (s, d))) for s in others]
+
+
+class SpecTable:
+    """Specs as tensors, so that truth for a whole scene-by-text matrix is a few comparisons."""
+
+    def __init__(self, specs: list[Spec]) -> None:
+        shapes = torch.zeros(len(specs), len(SHAPES))
+        exact = torch.zeros(len(specs), len(SHAPES) * len(COLOUR_NAMES))
+        for i, spec in enumerate(specs):
+            for shape, colour in spec.objects:
+                s = SHAPES.index(shape)
+                shapes[i, s] += 1
+                if colour is not None:
+                    exact[i, s * len(COLOUR_NAMES) + COLOUR_NAMES.index(colour)] += 1
+        self.shapes, self.exact, self.coloured = shapes, exact, exact.sum(1) > 0
+        self.relation = torch.tensor([RELATIONS.index(s.relation) if s.relation else -1 for s in specs])
+        self.first = torch.tensor([SHAPES.index(s.objects[0][0]) for s in specs])
+        self.second = torch.tensor([SHAPES.index(s.objects[-1][0]) for s in specs])
+
+    def true_of(self, scenes: Scenes) -> Tensor:
+        """(B, N) bool: whether text n is true of scene b, by the checker's rules applied to the scene itself."""
+        shape_count = (F.one_hot(scenes.shape, len(SHAPES)) * scenes.present[..., None]).sum(1).float()
+        both = scenes.shape * len(COLOUR_NAMES) + scenes.colour
+        exact_count = (F.one_hot(both, self.exact.shape[1]) * scenes.present[..., None]).sum(1).float()
+        right = (shape_count[:, None] == self.shapes).all(-1)
+        right &= ~self.coloured | (exact_count[:, None] == self.exact).all(-1)
+        at = (F.one_hot(scenes.shape, len(SHAPES)) * scenes.present[..., None]).float()  # (B, objects, shapes)
+        x, y = (at * scenes.x[..., None]).sum(1), (at * scenes.y[..., None]).sum(1)  # (B, shapes), one object a shape
+        dx, dy = x[:, self.second] - x[:, self.first], y[:, self.second] - y[:, self.first]
+        along = torch.stack([dx, -dx, dy, -dy]).gather(0, self.relation.clamp(min=0).expand(1, len(x), -1))[0]
+        across = torch.where(self.relation < 2, dy, dx).abs()
+        return right & ((self.relation < 0) | ((along > 3) & (along >= across)))
+
+
+@torch.no_grad()
+def make_pool(vae: AutoencoderKL, work: Path, seed: int, device: str) -> dict:
+    """Scenes, rendered and reconstructed pictures (uint8), and pictures decoded from noised latents; kept in `work`."""
+    file = work / f"reward-pool-{seed}.pt"
+    if not file.exists():
+        generator = torch.Generator().manual_seed(seed + 2)
+        batches = []
+        for _ in range(POOL // 5000):
+            batches.append(sample_scenes(sample_specs(5000, generator)[0], generator))
+        scenes = Scenes(**{k: torch.cat([vars(b)[k] for b in batches]) for k in vars(batches[0])})
+        rendered, rebuilt, noised = [], [], []
+        for index in torch.arange(POOL).split(250):
+            images = render(scenes.take(index))
+            latents = vae.encode(images.to(device) * 2 - 1).latent_dist.mean
+            rendered.append((images * 255).round().to(torch.uint8))
+            rebuilt.append(_to_bytes(vae.decode(latents).sample))
+            if len(noised) * 250 < NOISED:
+                t = (0.2 + 0.5 * torch.rand(len(images), 1, 1, 1, generator=generator)).to(device)
+                scale = 1 / vae.config.scaling_factor
+                noise = vae.config.shift_factor + scale * torch.randn(latents.shape, generator=generator).to(device)
+                noised.append(_to_bytes(vae.decode((1 - t) * latents + t * noise).sample))
+        pool = {
+            "scenes": vars(scenes),
+            "rendered": torch.cat(rendered),
+            "rebuilt": torch.cat(rebuilt),
+            "noised": torch.cat(noised),
+        }
+        torch.save(pool, file)
+    return torch.load(file, weights_only=True)
+
+
+def _to_bytes(decoded: Tensor) -> Tensor:
+    return ((decoded * 0.5 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).cpu()
+
+
+def spec_of(scenes: Scenes, i: int, generator: torch.Generator) -> Spec:
+    """A random spec that is true of scene i (positions are left to scenes that were drawn for one)."""
+    n = int(scenes.present[i].sum())
+    shapes = [SHAPES[s] for s in scenes.shape[i, :n].tolist()]
+    colours = [COLOUR_NAMES[c] for c in scenes.colour[i, :n].tolist()]
+    u = torch.rand((), generator=generator).item()
+    if n == 1:
+        return Spec("colors", ((shapes[0], colours[0]),)) if u < 0.7 else Spec("single_object", ((shapes[0], None),))
+    if len(set(shapes)) == 1:
+        return Spec("counting", ((shapes[0], None),) * n)
+    plain = tuple((s, None) for s in shapes)
+    if u < 0.15:
+        return Spec("two_object", plain)
+    dx, dy = (scenes.x[i, 1] - scenes.x[i, 0]).item(), (scenes.y[i, 1] - scenes.y[i, 0]).item()
+    clear = abs(dx) > 1.34 * abs(dy) or abs(dy) > 1.34 * abs(dx)
+    if (u < 0.6 and clear) or colours[0] == colours[1]:
+        if not clear:
+            return Spec("two_object", plain)
+        relation = ("left of" if dx > 0 else "right of") if abs(dx) > abs(dy) else ("above" if dy > 0 else "below")
+        return Spec("position", plain, relation)
+    return Spec("attribute_binding", tuple(zip(shapes, colours, strict=True)))
+
+
+def learning_rate(step: int, steps: int) -> float:
+    """Warm-up over 200 steps, then a cosine to 0."""
+    return LEARNING_RATE * min(1.0, (step + 1) / 200) * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+def train(work: Path, seed: int, device: str, steps: int = STEPS) -> None:
+    """Train (or go on training) the reward; leaves `work`/reward.pt and, when done, `work`/reward/ for the package."""
+    pool = make_pool(load_autoencoder(work, device), work, seed, device)
+    scenes = Scenes(**pool["scenes"])
+    torch.manual_seed(seed)
+    model = TwoTower().to(device)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.02, fused=True
+    )
+    state_file = work / "reward.pt"
+    start = load_state(state_file, model=model, optimizer=optimizer)
+    progress = Progress("reward", start, steps)
+    for step in range(start, steps):
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+        images, labels, ids = make_batch(pool, scenes, generator)
+        cosine = model.embed_images(images.to(device)) @ model.embed_texts(ids.to(device)).T
+        logits = model.log_scale.exp() * cosine + model.bias
+        sign = labels.to(device).float() * 2 - 1
+        loss = -F.logsigmoid(sign * logits).sum() / len(images)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, steps)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        progress.show(step + 1, loss=loss.item(), scale=model.log_scale.exp().item())
+        if (step + 1) % 1000 == 0 or step + 1 == steps:
+            save_state(state_file, step + 1, model=model, optimizer=optimizer)
+            print(f"reward {step + 1}: {measure(model, pool, scenes, device)}", flush=True)
+    save_reward(model, work / "reward", measure(model, pool, scenes, device))
+
+
+def make_batch(pool: dict, scenes: Scenes, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Pictures (BATCH + CORRUPTED, 3, 32, 32), labels against all texts of the batch, and the texts' word ids."""
+    index = torch.randint(POOL - 2000, (BATCH,), generator=generator)
+    batch = scenes.take(index)
+    specs = [spec_of(batch, i, generator) for i in range(BATCH)]
+    texts = list(specs)
+    for spec in specs:
+        wrong = hard_negatives(spec)
+        texts += [wrong[j] for j in torch.randint(len(wrong), (HARD,), generator=generator).tolist()]
+    use_rebuilt = torch.rand(BATCH, 1, 1, 1, generator=generator) < 0.6
+    images = torch.where(use_rebuilt, pool["rebuilt"][index], pool["rendered"][index]).float() / 255
+    broken = corrupt(batch.take(torch.arange(CORRUPTED * 6 // 7)), images[: CORRUPTED * 6 // 7], generator)
+    noised = pool["noised"][torch.randint(NOISED, (CORRUPTED - len(broken),), generator=generator)].float() / 255
+    everything = torch.cat([images, broken, noised])
+    strength = 0.03 * torch.rand(len(everything), 1, 1, 1, generator=generator)
+    everything = (everything + strength * torch.randn(everything.shape, generator=generator)).clamp(0, 1)
+    labels = torch.cat([SpecTable(texts).true_of(batch), torch.zeros(CORRUPTED, len(texts), dtype=torch.bool)])
+    return everything, labels, word_ids([phrase(spec) for spec in texts])
+
+
+@torch.no_grad()
+def measure(model: TwoTower, pool: dict, scenes: Scenes, device: str) -> dict:
+    """What the reward can tell on 2,000 unseen, reconstructed scenes.
+
+    How often a scene's own prompt scores above each hard negative, by category; how often the true picture scores
+    above a corrupted one; mean and spread of the reward on true pairs.
+    """
+    generator = torch.Generator().manual_seed(11)
+    index = torch.arange(POOL - 2000, POOL)
+    batch, images = scenes.take(index), pool["rebuilt"][index].float() / 255
+    specs = [spec_of(batch, i, generator) for i in range(len(index))]
+    pictures = torch.cat([model.embed_images(b.to(device)) for b in images.split(500)])
+    own = (pictures * model.embed_texts(word_ids([phrase(s) for s in specs]).to(device))).sum(-1)
+    wins: dict[str, list[float]] = {name: [] for name in CATEGORIES}
+    for i, spec in enumerate(specs):
+        wrong = hard_negatives(spec)
+        false = [
+            w for w, t in zip(wrong, SpecTable(wrong).true_of(batch.take(torch.tensor([i])))[0], strict=True) if not t
+        ]
+        scores = pictures[i] @ model.embed_texts(word_ids([phrase(w) for w in false]).to(device)).T
+        wins[spec.category] += (own[i] > scores).float().tolist()
+    broken = corrupt(batch, images, generator)
+    text = model.embed_texts(word_ids([phrase(s) for s in specs]).to(device))
+    broken_scores = (torch.cat([model.embed_images(b.to(device)) for b in broken.split(500)]) * text).sum(-1)
+    return {
+        "hard_negative_accuracy": {name: round(sum(w) / len(w), 4) for name, w in wins.items()},
+        "corrupted_accuracy": round((own > broken_scores).float().mean().item(), 4),
+        "true_pair_reward": {"mean": round(own.mean().item(), 4), "std": round(own.std().item(), 4)},
+    }
