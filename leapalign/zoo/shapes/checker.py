@@ -18,6 +18,7 @@ from leapalign.zoo.shapes.scenes import COLOUR_NAMES, IMAGE_SIZE, PALETTE, SHAPE
 
 MIN_CHROMA = 0.22  # below: ground. Palette colours have 0.52-0.86
 MIN_AREA = 5.0  # pixels; smaller specks are ignored. The smallest rendered object covers 36
+MAX_AREA = 200.0  # pixels; rendered objects cover at most 121, and a larger one has no known shape
 MIN_OVERLAP = 0.82  # soft IoU below which an object has no known shape; rendered ones reach 0.96 and more
 WINDOW = 18  # pixels; objects reach at most 1.42 * 6 from their centre
 
@@ -133,7 +134,7 @@ def detect(images: Tensor) -> list[list[Detected]]:
         index, overlap = _classify(soft, x, y, area)
         names = colour[picture].flatten(1).gather(1, mask.flatten(1).int().argmax(1, keepdim=True))[:, 0]
         for i in range(len(picture)):
-            shape = SHAPES[int(index[i])] if overlap[i] >= MIN_OVERLAP else None
+            shape = SHAPES[int(index[i])] if overlap[i] >= MIN_OVERLAP and area[i] <= MAX_AREA else None
             found[int(picture[i])].append(
                 Detected(
                     COLOUR_NAMES[int(names[i])], shape, x[i].item(), y[i].item(), area[i].item(), overlap[i].item()

@@ -1,0 +1,55 @@
+"""Result files: what a benchmark measured, with the machine, versions and command that it takes to measure it again."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import sys
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+_PACKAGES = ("leapalign", "torch", "triton", "diffusers", "transformers", "safetensors", "numpy")
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores, memory in bytes and, where there is one, the GPU."""
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        models = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        name = models[0] if models else name
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {"cpu": name, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "memory": memory, "gpu": gpu}
+
+
+def versions() -> dict[str, str]:
+    """Python and the installed packages that decide a result."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def write(name: str, results: dict[str, Any]) -> Path:
+    """Write bench/results/<name>.json: `results` after date, command, machine and versions."""
+    RESULTS.mkdir(exist_ok=True)
+    head = {
+        "date": datetime.now(UTC).date().isoformat(),
+        "command": shlex.join(["python", "-m", "bench", *sys.argv[1:]]),
+        "machine": machine(),
+        "versions": versions(),
+    }
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps({**head, **results}, indent=1) + "\n")
+    return path
