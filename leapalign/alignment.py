@@ -1,0 +1,279 @@
+"""Alignment gradients: the public entry point, and the decoupled executor behind it.
+
+Rollout, reward gradient and vector-Jacobian products run one after another and share nothing but values, because the
+reward gradient depends only on the value of x_0 and the weights only on cached values. So no graph spans two phases or
+two legs, and peak memory is the largest phase's.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from leapalign.draws import random_pairs
+from leapalign.engine.velocity import evaluation_mode, is_batched, microbatches, select
+from leapalign.engine.vjp import ensure_grads, trainable, velocity_vjp
+from leapalign.rollout import Trajectory, rollout
+from leapalign.surrogates import LeapAlign, Surrogate, leapalign2, per_sample
+
+Reward = Callable[[Tensor], Tensor]
+
+NOT_DIFFERENTIABLE = "reward is not differentiable: compute it from the latents given, without no_grad or detach"
+
+
+@runtime_checkable
+class SelectableReward(Protocol):
+    """A reward that can be restricted to some rows of the batch, and so be evaluated one microbatch at a time."""
+
+    def __call__(self, latents: Tensor, /) -> Tensor: ...
+
+    def select(self, rows: slice, /) -> Reward:
+        """The reward of those rows: (rows, ...) latents -> (rows,) rewards, with the rows' own prompts."""
+        ...
+
+
+@dataclass(frozen=True)
+class GradientResult:
+    """What `alignment_gradients` returns; nothing in it requires grad.
+
+    Attributes:
+        loss: () mean over the batch of weight * max(0, threshold - reward).
+        rewards: (B,) at the rollout's x_0.
+        weights, d_j, d_0: (B,) similarity weights and leap distances.
+        grads: {parameter name: dloss/dparameter of the surrogate} for every parameter that requires grad; float32, or
+            float64 for float64 parameters.
+        pairs: (B, 2) int64 the step indices (k_index, j_index) that were used.
+        seconds: {phase: wall-clock seconds}, the device synchronised at the phase's ends.
+    """
+
+    loss: Tensor
+    rewards: Tensor
+    weights: Tensor
+    d_j: Tensor
+    d_0: Tensor
+    grads: dict[str, Tensor]
+    pairs: Tensor
+    seconds: dict[str, float]
+
+
+def alignment_gradients(
+    transformer: nn.Module,
+    conditioning: Mapping[str, Any],
+    noise: Tensor,
+    sigmas: Tensor,
+    reward: Reward,
+    method: LeapAlign,
+    *,
+    pairs: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    executor: Literal["autograd", "reference"] = "autograd",
+    microbatch: int | None = None,
+) -> GradientResult:
+    """Gradient of the LeapAlign loss for all trainable parameters, one batch (arXiv 2604.15311, Algorithm 1).
+
+    Nothing is stepped. The transformer runs without dropout, and its `training` flags, `requires_grad` and `.grad` are
+    left as they were. Gradient checkpointing is its own setting (`transformer.enable_gradient_checkpointing()`).
+
+    Args:
+        transformer: a FluxTransformer2DModel, an SD3Transformer2DModel, or a module of the same call signature that
+            names its `timestep_scale`.
+        conditioning: the transformer's own keyword arguments (encoder_hidden_states, pooled_projections, guidance,
+            txt_ids, img_ids): batched tensors have B rows; the two position ids have no batch dimension.
+        noise: (B, ...) latents at sigmas[0]. Latents are kept in this dtype, and in float32 at least.
+        sigmas: (T + 1,) noise levels falling from 1 to 0, T >= 2 Euler steps.
+        reward: differentiable, (B, ...) latents x_0 -> (B,). It is called once with the whole batch; one with a method
+            `select(rows: slice)` is called microbatch by microbatch.
+        method: LeapAlign(alpha, tau, threshold).
+        pairs: (B, 2) integer step indices into the rollout, k_index < j_index < T. None: drawn uniformly.
+        generator: draws the pairs where `pairs` is None; None for a fresh one seeded 0.
+        executor: "autograd" runs the decoupled phases; "reference" one graph through both leaps and the reward, the
+            paper's algorithm literally (an oracle for small models).
+        microbatch: samples in one transformer call (decoupled executor: and in one graph); None for the whole batch.
+
+    Raises:
+        ValueError: an argument of the wrong shape, range or kind, or a reward that is not differentiable.
+        FloatingPointError: a reward or its gradient is not finite; the message names the samples.
+    """
+    noise = noise.detach().to(torch.promote_types(noise.dtype, torch.float32))
+    num_steps = _check_inputs(conditioning, noise, sigmas, executor, microbatch)
+    pairs = _resolve_pairs(pairs, generator, noise.shape[0], num_steps).to(noise.device)
+    seconds: dict[str, float] = {}
+    with evaluation_mode(transformer):
+        with _timed(seconds, "rollout", noise.device):
+            trajectory = rollout(transformer, conditioning, noise, sigmas, keep=pairs, microbatch=microbatch)
+        if executor == "reference":
+            from leapalign.reference import reference_gradients  # it needs this module's result type
+
+            with _timed(seconds, "graph", noise.device):
+                return reference_gradients(transformer, conditioning, trajectory, reward, method, pairs, seconds)
+        surrogate = leapalign2(trajectory, pairs, method)
+        with _timed(seconds, "reward", noise.device):
+            rewards, loss, g = reward_gradient(
+                reward, trajectory.final, surrogate.weights, method.threshold, microbatch=microbatch
+            )
+        with _timed(seconds, "vjp", noise.device):
+            grads = surrogate_gradients(transformer, conditioning, trajectory, surrogate, g, microbatch=microbatch)
+    return GradientResult(
+        loss, rewards, surrogate.weights, surrogate.d_j, surrogate.d_0, grads, pairs=pairs, seconds=seconds
+    )
+
+
+def reward_gradient(
+    reward: Reward, latents: Tensor, weights: Tensor, threshold: float, *, microbatch: int | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rewards, loss and g = dL/dx_0 with L = mean_b w_b max(0, threshold - r_b) (eqs. 11, 13).
+
+    The reward sees `latents` itself, not a sum that equals it up to rounding. g is exactly zero for a sample at or
+    above the threshold.
+
+    Args:
+        reward: latents -> (B,); called by microbatch if it has `select`.
+        latents: (B, ...) x_0.
+        weights: (B,) constants.
+        threshold: the hinge's lambda, on the reward's scale.
+        microbatch: rows a call for a reward with `select`.
+
+    Returns:
+        (B,) rewards and () loss in the weights' dtype, (B, ...) g in the latents' dtype.
+    """
+    batch = latents.shape[0]
+    rewards, g = torch.empty_like(weights), torch.empty_like(latents)
+    select_rows = reward.select if isinstance(reward, SelectableReward) else None
+    for rows in microbatches(batch, microbatch if select_rows else None):
+        scorer = select_rows(rows) if select_rows else reward
+        with torch.enable_grad():
+            x = latents[rows].detach().requires_grad_()
+            r = score(scorer, x).to(weights.dtype)
+            loss = hinge(r, weights[rows], threshold).sum() / batch
+        rewards[rows] = r.detach()
+        check_finite(r.detach(), "reward", rows.start)
+        (dx,) = torch.autograd.grad(loss, x, allow_unused=True)
+        if dx is None:
+            raise ValueError(NOT_DIFFERENTIABLE)
+        check_finite(dx, "reward gradient", rows.start)
+        g[rows] = dx
+    return rewards, hinge(rewards, weights, threshold).sum() / batch, g
+
+
+def hinge(rewards: Tensor, weights: Tensor, threshold: float) -> Tensor:
+    """(B,) w max(0, threshold - r); relu because its derivative is 0 at r = threshold, where clamp's is 1."""
+    return weights * torch.relu(threshold - rewards)
+
+
+def score(reward: Reward, latents: Tensor) -> Tensor:
+    """Call the reward and hold it to its contract: (B, ...) -> (B,), differentiable."""
+    rewards = reward(latents)
+    if rewards.shape != latents.shape[:1]:
+        raise ValueError(
+            f"reward returned shape {tuple(rewards.shape)} for {latents.shape[0]} samples: return one number a sample"
+        )
+    if not rewards.requires_grad:
+        raise ValueError(NOT_DIFFERENTIABLE)
+    return rewards
+
+
+def check_finite(values: Tensor, what: str, first: int = 0) -> None:
+    """FloatingPointError naming the samples whose row of `values` (rows, ...) is not finite, counted from `first`."""
+    wrong = torch.nonzero(~torch.isfinite(values).reshape(values.shape[0], -1).all(1)).flatten()
+    if wrong.numel():
+        raise FloatingPointError(f"{what} is not finite for samples {[first + int(i) for i in wrong]}")
+
+
+def surrogate_gradients(
+    transformer: nn.Module,
+    conditioning: Mapping[str, Any],
+    trajectory: Trajectory,
+    surrogate: Surrogate,
+    g: Tensor,
+    *,
+    microbatch: int | None = None,
+) -> dict[str, Tensor]:
+    """Run the surrogate's legs from g = dL/dx_0 and return {parameter name: gradient} (eq. 10).
+
+    Samples whose g is exactly zero (hinge inactive) add nothing and are left out of every product. One graph of
+    `microbatch` samples and one leg lives at a time.
+    """
+    grads: dict[str, Tensor] = {}
+    ensure_grads(grads, trainable(transformer))
+    active = torch.nonzero(g.flatten(1).any(1)).flatten()
+    if not grads or active.numel() == 0:
+        return grads
+    given = select(conditioning, active)
+    y = g[active]
+    for index, leg in enumerate(surrogate.legs):
+        passes_on = index + 1 < len(surrogate.legs) and surrogate.discount != 0
+        u = velocity_vjp(
+            transformer,
+            trajectory.at(leg.step)[active],
+            trajectory.sigmas[leg.step][active],
+            given,
+            per_sample(leg.coefficient[active], y) * y,
+            grads=grads,
+            input_grad=passes_on,
+            microbatch=microbatch,
+        )
+        if u is not None:
+            y = y + surrogate.discount * u
+    return grads
+
+
+def _check_inputs(
+    conditioning: Mapping[str, Any], noise: Tensor, sigmas: Tensor, executor: str, microbatch: int | None
+) -> int:
+    """Refuse what cannot be meant; returns the number of rollout steps."""
+    if executor not in ("autograd", "reference"):
+        raise ValueError(f"executor={executor!r}: choose 'autograd' or 'reference'")
+    if microbatch is not None and microbatch < 1:
+        raise ValueError(f"microbatch={microbatch} must be at least 1, or None for the whole batch")
+    if noise.ndim < 2 or noise.shape[0] < 1:
+        raise ValueError(f"noise has shape {tuple(noise.shape)}: give (B, ...) latents with B >= 1")
+    if sigmas.ndim != 1 or sigmas.shape[0] < 3:
+        raise ValueError(f"sigmas has shape {tuple(sigmas.shape)}: give (T + 1,) noise levels of T >= 2 rollout steps")
+    falling = bool((sigmas[1:] < sigmas[:-1]).all())  # false for NaN as well
+    if not falling or sigmas[0] > 1 or sigmas[-1] != 0:
+        raise ValueError(
+            f"sigmas goes from {sigmas[0]:.4g} to {sigmas[-1]:.4g}: give levels that fall strictly from at most 1 to 0"
+        )
+    for name, value in conditioning.items():
+        if is_batched(name, value) and value.shape[0] != noise.shape[0]:
+            raise ValueError(
+                f"conditioning {name!r} has {value.shape[0]} rows and noise has {noise.shape[0]}: give one row a sample"
+            )
+    return sigmas.shape[0] - 1
+
+
+def _resolve_pairs(pairs: Tensor | None, generator: torch.Generator | None, batch: int, num_steps: int) -> Tensor:
+    if pairs is None:
+        return random_pairs(batch, num_steps, generator or torch.Generator().manual_seed(0))
+    if pairs.shape != (batch, 2) or pairs.dtype.is_floating_point or pairs.dtype.is_complex:
+        raise ValueError(
+            f"pairs is {tuple(pairs.shape)} of {pairs.dtype}: give ({batch}, 2) integer step indices, one pair a sample"
+        )
+    k, j = pairs.to(torch.int64).unbind(1)
+    wrong = torch.nonzero((k < 0) | (k >= j) | (j >= num_steps)).flatten()
+    if wrong.numel():
+        first = int(wrong[0])
+        raise ValueError(
+            f"pairs[{first}] = {pairs[first].tolist()} with T = {num_steps} steps: give 0 <= k_index < j_index < T"
+        )
+    return pairs.to(torch.int64)
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], phase: str, device: torch.device) -> Iterator[None]:
+    _synchronize(device)
+    start = time.perf_counter()
+    yield
+    _synchronize(device)
+    seconds[phase] = time.perf_counter() - start
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

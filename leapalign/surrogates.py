@@ -1,0 +1,118 @@
+"""Surrogates: from a finished trajectory to the legs whose known cotangents make up the gradient.
+
+A leg is one vector-Jacobian product at one rollout step. Every direct-gradient method on a flow is an ordered tuple of
+legs, so a method is one function here and the executor knows none of them.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from leapalign.rollout import Trajectory
+
+
+@dataclass(frozen=True)
+class LeapAlign:
+    """Settings of LeapAlign with two leaps (LeapAlign, arXiv 2604.15311).
+
+    Attributes:
+        alpha: gradient discount of the second leap's input, in [0, 1] (eqs. 9, 10). 0 drops the nested term.
+        tau: lower bound of each leap distance in the similarity weight, in latent units (eq. 12).
+        threshold: lambda of the hinge (eqs. 11, 13), in the reward's own units; samples at or above it add nothing.
+            The paper's values: 0.55 for HPSv2.1, 0.4 for PickScore as a cosine, 13.5 for HPSv3.
+
+    Raises:
+        ValueError: alpha outside [0, 1], tau not positive, or a threshold that is not a number.
+    """
+
+    alpha: float = 0.3
+    tau: float = 0.1
+    threshold: float = 0.55
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.alpha <= 1:
+            raise ValueError(f"alpha={self.alpha} must lie in [0, 1]; the paper uses 0.1 to 0.3")
+        if not 0 < self.tau < math.inf:
+            raise ValueError(f"tau={self.tau} must be positive and finite; the paper uses 0.1")
+        if math.isnan(self.threshold):
+            raise ValueError("threshold=nan must be a number on the reward's scale; inf keeps every sample active")
+
+
+@dataclass(frozen=True)
+class Leg:
+    """One use of the velocity in the surrogate.
+
+    Attributes:
+        step: (B,) int64 rollout step at which v_theta is differentiated, by sample.
+        coefficient: (B,) what the arriving gradient is multiplied by to give the cotangent on v at that step.
+    """
+
+    step: Tensor
+    coefficient: Tensor
+
+
+@dataclass(frozen=True)
+class Surrogate:
+    """A surrogate of the rollout, as the backward pass sees it.
+
+    With y = g = dL/dx_0 to begin with, each leg in turn has the cotangent c = coefficient * y on v at its step, adds
+    (dv/dtheta)^T c to the gradient, and passes on y + discount * (dv/dx)^T c.
+
+    Attributes:
+        legs: in backward order, the one nearest to the data first.
+        discount: alpha, the factor on a leg's input gradient.
+        weights: (B,) similarity weights of the samples' losses.
+        d_j, d_0: (B,) mean absolute distances of the two leap predictions from the rollout's latents.
+    """
+
+    legs: tuple[Leg, ...]
+    discount: float
+    weights: Tensor
+    d_j: Tensor
+    d_0: Tensor
+
+
+@torch.no_grad()
+def leapalign2(trajectory: Trajectory, pairs: Tensor, method: LeapAlign) -> Surrogate:
+    """LeapAlign with two leaps, k -> j -> 0 (LeapAlign, arXiv 2604.15311, eqs. 3-10 and 12).
+
+    c_j = -s_j g, then c_k = -(s_k - s_j) y with y = g + alpha (dv(x_j)/dx)^T c_j. Sigmas fall along the rollout, so
+    s_k > s_j; the second leap goes all the way to 0, hence s_j and not a step width.
+
+    Args:
+        trajectory: a rollout that kept the velocities of exactly these pairs.
+        pairs: (B, 2) int64 step indices, k_index < j_index.
+    """
+    assert torch.equal(trajectory.steps, pairs), "the rollout kept the velocities of other steps"
+    k, j = pairs.unbind(1)
+    s_k, s_j = trajectory.sigmas[k], trajectory.sigmas[j]
+    v_k, v_j = trajectory.velocities.unbind(1)
+    x_k, x_j = trajectory.at(k), trajectory.at(j)
+    d_j = distance(x_j, leap(x_k, s_k - s_j, v_k))
+    d_0 = distance(trajectory.final, leap(x_j, s_j, v_j))
+    weights = similarity_weights(d_j, d_0, method.tau)
+    return Surrogate((Leg(j, -s_j), Leg(k, -(s_k - s_j))), method.alpha, weights, d_j, d_0)
+
+
+def leap(latents: Tensor, width: Tensor, velocities: Tensor) -> Tensor:
+    """One-step prediction x - width * v (eq. 3): (B, ...) from (B, ...), (B,) noise-level differences and (B, ...)."""
+    return latents - per_sample(width, latents) * velocities
+
+
+def distance(latents: Tensor, prediction: Tensor) -> Tensor:
+    """(B,) mean absolute difference over everything but the batch."""
+    return (latents - prediction).abs().flatten(1).mean(1)
+
+
+def similarity_weights(d_j: Tensor, d_0: Tensor, tau: float) -> Tensor:
+    """(B,) w = 1 / (max(d_j, tau) + max(d_0, tau)), eq. 12."""
+    return 1 / (d_j.clamp(min=tau) + d_0.clamp(min=tau))
+
+
+def per_sample(values: Tensor, like: Tensor) -> Tensor:
+    """(B,) -> (B, 1, ..., 1) with as many dimensions as `like`."""
+    return values.reshape(-1, *[1] * (like.ndim - 1))
