@@ -1,0 +1,6 @@
+from torch import Tensor
+
+def round_stochastic_into(
+    x: Tensor, out: Tensor, seed: int, step: int, parameter: int, offset: int, threads: int
+) -> None: ...
+def sum_of_squares_bf16(x: Tensor, threads: int) -> float: ...
