@@ -17,7 +17,6 @@ from typing import Any
 from bench import record
 from leapalign.config import load_config
 from leapalign.errors import UsageError
-from leapalign.evaluate import Evaluation
 from leapalign.metrics import estimate
 from leapalign.trainer import Trainer
 
@@ -50,21 +49,19 @@ def run(options: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _one_seed(seed: int, options: argparse.Namespace, overrides: list[str]) -> dict[str, Any]:
-    """Run seed `seed` unless its folder holds it finished; returns scores before and after."""
+    """Run seed `seed`, or go on with it where its folder holds a part; returns scores before and after."""
     folder = options.folder / f"seed-{seed}"
     fixed = ["--seed", str(seed), "--output_dir", str(folder), "--validation_images_per_prompt", str(options.images)]
+    if (folder / "config.yaml").is_file():
+        fixed += ["--resume_from_checkpoint", "latest"]
     config = load_config(options.config, [*overrides, *fixed])
-    last = folder / "samples" / f"step-{config.max_train_steps:06d}.safetensors"
     began = time.perf_counter()
-    if not last.is_file():
-        resumed = ["--resume_from_checkpoint", "latest"] if (folder / "config.yaml").is_file() else []
-        config = load_config(options.config, [*overrides, *fixed, *resumed])
-        if Trainer(config).run().interrupted:
-            raise UsageError(f"stopped in seed {seed}; the same command goes on")
-    before, after = (
-        Evaluation.load(folder / "samples" / f"step-{s:06d}.safetensors") for s in (0, config.max_train_steps)
-    )
-    assert before.correct is not None and after.correct is not None, "the prompts carry no scenes to judge"
+    outcome = Trainer(config).run()
+    if outcome.interrupted:
+        raise UsageError(f"stopped in seed {seed}; the same command goes on")
+    before, after = outcome.summary.before, outcome.summary.after
+    if not (before and after) or before.correct is None or after.correct is None:
+        raise UsageError("validation_prompts must describe scenes that the checker can judge, e.g. shapes:validation")
     paired = estimate(after.correct.double() - before.correct.double())
     return {
         "seed": seed,

@@ -1,7 +1,8 @@
 """`python -m leapalign.zoo.shapes train`: make the embedded default from nothing.
 
-Three stages (autoencoder, flow, reward) and an export into the package. Every stage is seeded, saves its state as it
-goes and goes on from there when started again; with the same seed, thread count and versions the result is the same.
+Four stages (autoencoder, flow, guidance, reward) and an export into the package. Every stage is seeded, saves its
+state as it goes and goes on from there when started again; with the same seed, thread count and versions the result is
+the same.
 """
 
 from __future__ import annotations
@@ -11,10 +12,15 @@ from pathlib import Path
 
 import torch
 
-from leapalign.zoo.shapes import train_autoencoder, train_flow, train_reward
+from leapalign.zoo.shapes import train_autoencoder, train_flow, train_guidance, train_reward
 from leapalign.zoo.shapes.export import export
 
-STAGES = {"autoencoder": train_autoencoder.train, "reward": train_reward.train, "flow": train_flow.train}
+STAGES = {
+    "autoencoder": train_autoencoder.train,
+    "flow": train_flow.train,
+    "guidance": train_guidance.train,
+    "reward": train_reward.train,
+}
 
 
 def main() -> None:

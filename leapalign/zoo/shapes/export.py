@@ -11,20 +11,14 @@ from diffusers import FluxPipeline
 
 from leapalign.zoo.shapes import PIPELINE_FOLDER, REWARD_FOLDER
 from leapalign.zoo.shapes.networks import build_scheduler
-from leapalign.zoo.shapes.progress import load_state
 from leapalign.zoo.shapes.train_autoencoder import load_autoencoder
-from leapalign.zoo.shapes.train_flow import Average, TextToFlow, accuracy
+from leapalign.zoo.shapes.train_flow import TextToFlow, accuracy
+from leapalign.zoo.shapes.train_guidance import load_average
 
 
 def assemble(work: Path) -> tuple[FluxPipeline, TextToFlow]:
-    """The pipeline with the averaged weights of the flow stage. Raises FileNotFoundError where a stage has not run."""
-    file = work / "flow.pt"
-    if not file.exists():
-        raise FileNotFoundError(f"{file} is not there; run the flow stage first")
-    model = TextToFlow()
-    average = Average(model.parameters(), decay=0.0)
-    load_state(file, average=average)
-    average.copy_to(model)
+    """The pipeline with the averaged weights of the last stage. Raises FileNotFoundError where a stage has not run."""
+    model = load_average(work, "guidance")
     pipeline = FluxPipeline(
         scheduler=build_scheduler(),
         vae=load_autoencoder(work, "cpu"),

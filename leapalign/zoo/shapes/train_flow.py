@@ -28,9 +28,10 @@ from leapalign.zoo.shapes.scenes import CATEGORIES
 from leapalign.zoo.shapes.train_autoencoder import load_autoencoder, render_pool
 
 BATCH = 64
-STEPS = 12_000
+STEPS = 8_000
 LEARNING_RATE = 1.5e-3
 DECAY_FROM = 0.65  # share of the steps after which the learning rate falls linearly to 0
+PROMPT_DROPOUT, DROPOUT_FROM = 0.1, 4000  # empty prompts in the second half: guidance needs the unconditional flow
 EMA_DECAY = 0.997
 POOL = 80_000  # encoded scenes
 TIME_MEAN, TIME_STD = 0.6, 1.1  # logit-normal noise levels, leaning to high noise where the layout is decided
@@ -62,12 +63,12 @@ class TextToFlow(nn.Module):
         self.register_buffer("img_ids", grid.reshape(-1, 3).float(), persistent=False)
         self.register_buffer("txt_ids", torch.zeros(self.t5_tokenizer.model_max_length, 3), persistent=False)
 
-    def forward(self, x: Tensor, t: Tensor, t5_ids: Tensor, clip_ids: Tensor) -> Tensor:
-        """x (B, 16, 32), t (B,) in [0, 1], token ids (B, L) -> velocity (B, 16, 32)."""
+    def forward(self, x: Tensor, t: Tensor, t5_ids: Tensor, clip_ids: Tensor, guidance: Tensor | None = None) -> Tensor:
+        """x (B, 16, 32), t (B,) in [0, 1], token ids (B, L), guidance (B,) -> velocity (B, 16, 32)."""
         return self.transformer(
             hidden_states=x,
             timestep=t,
-            guidance=torch.full_like(t, GUIDANCE),
+            guidance=torch.full_like(t, GUIDANCE) if guidance is None else guidance,
             encoder_hidden_states=self.t5(t5_ids).last_hidden_state,
             pooled_projections=self.clip(clip_ids).pooler_output,
             img_ids=self.img_ids,
@@ -116,7 +117,12 @@ def encode_pool(vae: AutoencoderKL, work: Path, seed: int, device: str) -> dict[
 
 @torch.no_grad()
 def accuracy(
-    model: TextToFlow, vae: AutoencoderKL, device: str, per_prompt: int = 2, steps: int = 12
+    model: TextToFlow,
+    vae: AutoencoderKL,
+    device: str,
+    guidance: float = GUIDANCE,
+    per_prompt: int = 2,
+    steps: int = 12,
 ) -> dict[str, float]:
     """Rule-based accuracy on the held-out prompts by category and overall, from Euler samples with fixed noise."""
     prompts = validation_prompts() * per_prompt
@@ -126,7 +132,8 @@ def accuracy(
     scheduler = build_scheduler()
     scheduler.set_timesteps(sigmas=torch.linspace(1, 1 / steps, steps).tolist(), mu=0.5)
     for now, then in zip(scheduler.sigmas[:-1], scheduler.sigmas[1:], strict=True):
-        x = x + (then - now) * model(x, now.expand(len(x)).to(device), t5_ids, clip_ids)
+        t = now.expand(len(x)).to(device)
+        x = x + (then - now) * model(x, t, t5_ids, clip_ids, torch.full_like(t, guidance))
     latents = unpack(x) / vae.config.scaling_factor + vae.config.shift_factor
     images = (vae.decode(latents).sample * 0.5 + 0.5).clamp(0, 1).cpu()
     right = checker.check(images, prompts).float()
@@ -147,6 +154,7 @@ def train(work: Path, seed: int, device: str, steps: int = STEPS) -> None:
     pool = encode_pool(vae, work, seed, device)
     torch.manual_seed(seed)
     model = TextToFlow().to(device)
+    empty = tokenize(model.t5_tokenizer, [""]), tokenize(model.clip_tokenizer, [""])
     decayed = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
     groups = [{"params": decayed, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}]
@@ -163,7 +171,10 @@ def train(work: Path, seed: int, device: str, steps: int = STEPS) -> None:
         data = pool["latents"][index].float().to(device)
         noise = torch.randn(data.shape, generator=generator).to(device)
         x = (1 - t[:, None, None]) * data + t[:, None, None] * noise
-        loss = F.mse_loss(velocity(x, t, pool["t5"][index].to(device), pool["clip"][index].to(device)), noise - data)
+        dropped = (torch.rand(BATCH, 1, generator=generator) < PROMPT_DROPOUT) & (step >= DROPOUT_FROM)
+        t5_ids = torch.where(dropped, empty[0], pool["t5"][index]).to(device)
+        clip_ids = torch.where(dropped, empty[1], pool["clip"][index]).to(device)
+        loss = F.mse_loss(velocity(x, t, t5_ids, clip_ids), noise - data)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps)
         optimizer.zero_grad()

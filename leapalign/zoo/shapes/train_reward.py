@@ -1,4 +1,4 @@
-"""Stage 3 of pretraining: the two-tower reward, contrastively, with hard and corrupted negatives.
+"""Stage 4 of pretraining: the two-tower reward, contrastively, with hard and corrupted negatives.
 
 Which texts are true of which scene is known exactly, so every entry of the picture-text matrix gets its true label (a
 text of another sample that happens to be true is a positive). Each sample adds hard negative texts: swapped
