@@ -16,17 +16,18 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
+from leapalign.zoo.shapes.concepts import ConceptHead, facts_of_scenes, facts_of_specs
 from leapalign.zoo.shapes.corruptions import corrupt
 from leapalign.zoo.shapes.progress import Progress, load_state, save_state
 from leapalign.zoo.shapes.prompts import NUMBERS, phrase, sample_specs
-from leapalign.zoo.shapes.reward import TwoTower, save_reward, word_ids
+from leapalign.zoo.shapes.reward import WIDTH, TwoTower, save_reward, word_ids
 from leapalign.zoo.shapes.scenes import CATEGORIES, COLOUR_NAMES, RELATIONS, SHAPES, Scenes, Spec, render, sample_scenes
 from leapalign.zoo.shapes.train_autoencoder import load_autoencoder
 
 BATCH = 80
 CORRUPTED = 28  # further pictures of a batch that are wrong for every text
 HARD = 2  # hard negative texts a sample
-STEPS = 4000
+STEPS = 3000
 LEARNING_RATE = 1e-3
 POOL = 60_000  # scenes
 NOISED = 12_000  # decoded from noised latents: what an unfinished sampler would show
@@ -123,26 +124,27 @@ def _to_bytes(decoded: Tensor) -> Tensor:
     return ((decoded * 0.5 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).cpu()
 
 
-def spec_of(scenes: Scenes, i: int, generator: torch.Generator) -> Spec:
-    """A random spec that is true of scene i (positions are left to scenes that were drawn for one)."""
-    n = int(scenes.present[i].sum())
-    shapes = [SHAPES[s] for s in scenes.shape[i, :n].tolist()]
-    colours = [COLOUR_NAMES[c] for c in scenes.colour[i, :n].tolist()]
-    u = torch.rand((), generator=generator).item()
-    if n == 1:
-        return Spec("colors", ((shapes[0], colours[0]),)) if u < 0.7 else Spec("single_object", ((shapes[0], None),))
+def true_specs(scenes: Scenes, generator: torch.Generator) -> list[Spec]:
+    """For every scene a random spec that is true of it; positions only where one axis clearly dominates."""
+    dx, dy = (scenes.x[:, 1] - scenes.x[:, 0]).tolist(), (scenes.y[:, 1] - scenes.y[:, 0]).tolist()
+    draws = torch.rand(len(scenes), generator=generator).tolist()
+    counts = scenes.present.sum(1).tolist()
+    rows = zip(scenes.shape.tolist(), scenes.colour.tolist(), counts, dx, dy, draws, strict=True)
+    return [_true_spec([SHAPES[k] for k in s[:n]], [COLOUR_NAMES[k] for k in c[:n]], *rest) for s, c, n, *rest in rows]
+
+
+def _true_spec(shapes: list[str], colours: list[str], dx: float, dy: float, draw: float) -> Spec:
+    if len(shapes) == 1:
+        return Spec("colors", ((shapes[0], colours[0]),)) if draw < 0.7 else Spec("single_object", ((shapes[0], None),))
     if len(set(shapes)) == 1:
-        return Spec("counting", ((shapes[0], None),) * n)
+        return Spec("counting", ((shapes[0], None),) * len(shapes))
     plain = tuple((s, None) for s in shapes)
-    if u < 0.15:
-        return Spec("two_object", plain)
-    dx, dy = (scenes.x[i, 1] - scenes.x[i, 0]).item(), (scenes.y[i, 1] - scenes.y[i, 0]).item()
     clear = abs(dx) > 1.34 * abs(dy) or abs(dy) > 1.34 * abs(dx)
-    if (u < 0.6 and clear) or colours[0] == colours[1]:
-        if not clear:
-            return Spec("two_object", plain)
+    if draw < 0.55 and clear and draw > 0.1:
         relation = ("left of" if dx > 0 else "right of") if abs(dx) > abs(dy) else ("above" if dy > 0 else "below")
         return Spec("position", plain, relation)
+    if draw <= 0.1 or colours[0] == colours[1]:
+        return Spec("two_object", plain)
     return Spec("attribute_binding", tuple(zip(shapes, colours, strict=True)))
 
 
@@ -156,51 +158,52 @@ def train(work: Path, seed: int, device: str, steps: int = STEPS) -> None:
     pool = make_pool(load_autoencoder(work, device), work, seed, device)
     scenes = Scenes(**pool["scenes"])
     torch.manual_seed(seed)
-    model = TwoTower().to(device)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.02, fused=True
-    )
+    model, concepts = TwoTower().to(device), ConceptHead(WIDTH).to(device)
+    parameters = [*model.parameters(), *concepts.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.02, fused=True)
     state_file = work / "reward.pt"
-    start = load_state(state_file, model=model, optimizer=optimizer)
+    start = load_state(state_file, model=model, concepts=concepts, optimizer=optimizer)
     progress = Progress("reward", start, steps)
     for step in range(start, steps):
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-        images, labels, ids = make_batch(pool, scenes, generator)
-        cosine = model.embed_images(images.to(device)) @ model.embed_texts(ids.to(device)).T
-        logits = model.log_scale.exp() * cosine + model.bias
+        images, batch, specs = make_batch(pool, scenes, generator)
+        labels = F.pad(SpecTable(specs).true_of(batch), (0, 0, 0, CORRUPTED))  # corrupted pictures: nothing is true
+        pictures = model.embed_images(images.to(device))
+        texts = model.embed_texts(word_ids([phrase(spec) for spec in specs]).to(device))
+        logits = model.log_scale.exp() * (pictures @ texts.T) + model.bias
         sign = labels.to(device).float() * 2 - 1
-        loss = -F.logsigmoid(sign * logits).sum() / len(images)
+        contrast = -F.logsigmoid(sign * logits).sum() / len(images)
+        binding = concepts.loss(pictures[:BATCH], facts_of_scenes(batch)) + concepts.loss(texts, facts_of_specs(specs))
+        loss = contrast + binding
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps)
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-        progress.show(step + 1, loss=loss.item(), scale=model.log_scale.exp().item())
-        if (step + 1) % 1000 == 0 or step + 1 == steps:
-            save_state(state_file, step + 1, model=model, optimizer=optimizer)
+        progress.show(step + 1, contrast=contrast.item(), binding=binding.item())
+        if (step + 1) % 500 == 0 or step + 1 == steps:
+            save_state(state_file, step + 1, model=model, concepts=concepts, optimizer=optimizer)
             print(f"reward {step + 1}: {measure(model, pool, scenes, device)}", flush=True)
     save_reward(model, work / "reward", measure(model, pool, scenes, device))
 
 
-def make_batch(pool: dict, scenes: Scenes, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Pictures (BATCH + CORRUPTED, 3, 32, 32), labels against all texts of the batch, and the texts' word ids."""
+def make_batch(pool: dict, scenes: Scenes, generator: torch.Generator) -> tuple[Tensor, Scenes, list[Spec]]:
+    """Pictures (BATCH + CORRUPTED, 3, 32, 32), the scenes of the first BATCH, and (1 + HARD) * BATCH texts' specs."""
     index = torch.randint(POOL - 2000, (BATCH,), generator=generator)
     batch = scenes.take(index)
-    specs = [spec_of(batch, i, generator) for i in range(BATCH)]
-    texts = list(specs)
-    for spec in specs:
+    specs = true_specs(batch, generator)
+    for spec in list(specs):
         wrong = hard_negatives(spec)
-        texts += [wrong[j] for j in torch.randint(len(wrong), (HARD,), generator=generator).tolist()]
+        specs += [wrong[j] for j in torch.randint(len(wrong), (HARD,), generator=generator).tolist()]
     use_rebuilt = torch.rand(BATCH, 1, 1, 1, generator=generator) < 0.6
     images = torch.where(use_rebuilt, pool["rebuilt"][index], pool["rendered"][index]).float() / 255
-    broken = corrupt(batch.take(torch.arange(CORRUPTED * 6 // 7)), images[: CORRUPTED * 6 // 7], generator)
-    noised = pool["noised"][torch.randint(NOISED, (CORRUPTED - len(broken),), generator=generator)].float() / 255
+    drawn = CORRUPTED * 6 // 7
+    broken = corrupt(batch.take(torch.arange(drawn)), images[:drawn], generator)
+    noised = pool["noised"][torch.randint(NOISED, (CORRUPTED - drawn,), generator=generator)].float() / 255
     everything = torch.cat([images, broken, noised])
     strength = 0.03 * torch.rand(len(everything), 1, 1, 1, generator=generator)
-    everything = (everything + strength * torch.randn(everything.shape, generator=generator)).clamp(0, 1)
-    labels = torch.cat([SpecTable(texts).true_of(batch), torch.zeros(CORRUPTED, len(texts), dtype=torch.bool)])
-    return everything, labels, word_ids([phrase(spec) for spec in texts])
+    return (everything + strength * torch.randn(everything.shape, generator=generator)).clamp(0, 1), batch, specs
 
 
 @torch.no_grad()
@@ -213,7 +216,7 @@ def measure(model: TwoTower, pool: dict, scenes: Scenes, device: str) -> dict:
     generator = torch.Generator().manual_seed(11)
     index = torch.arange(POOL - 2000, POOL)
     batch, images = scenes.take(index), pool["rebuilt"][index].float() / 255
-    specs = [spec_of(batch, i, generator) for i in range(len(index))]
+    specs = true_specs(batch, generator)
     pictures = torch.cat([model.embed_images(b.to(device)) for b in images.split(500)])
     own = (pictures * model.embed_texts(word_ids([phrase(s) for s in specs]).to(device))).sum(-1)
     wins: dict[str, list[float]] = {name: [] for name in CATEGORIES}
