@@ -1,13 +1,31 @@
-"""LeapAlign: alignment of all parameters of a flow transformer with a differentiable reward, on one GPU."""
+"""Full-parameter reward-gradient alignment of flow-matching image models (LeapAlign, arXiv 2604.15311).
 
+The public names load torch when they are first used: a mistake on the command line is answered without it.
+"""
+
+import importlib
 from importlib import metadata
+from typing import TYPE_CHECKING, Any
 
-from leapalign.alignment import GradientResult, alignment_gradients
-from leapalign.surrogates import LeapAlign
+if TYPE_CHECKING:
+    from leapalign.alignment import GradientResult, alignment_gradients
+    from leapalign.surrogates import LeapAlign
+
+__all__ = ["GradientResult", "LeapAlign", "alignment_gradients"]
+
+_HOMES = {
+    "GradientResult": "leapalign.alignment",
+    "LeapAlign": "leapalign.surrogates",
+    "alignment_gradients": "leapalign.alignment",
+}
 
 try:
     __version__ = metadata.version("leapalign")
-except metadata.PackageNotFoundError:  # a checkout that is on the path but not installed
-    __version__ = "0+checkout"
+except metadata.PackageNotFoundError:  # a bare checkout on the path
+    __version__ = "0+unknown"
 
-__all__ = ["GradientResult", "LeapAlign", "__version__", "alignment_gradients"]
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -26,7 +26,7 @@ class LeapAlign:
             The paper's values: 0.55 for HPSv2.1, 0.4 for PickScore as a cosine, 13.5 for HPSv3.
 
     Raises:
-        ValueError: alpha outside [0, 1], tau not positive, or a threshold that is not a number.
+        ValueError: alpha outside [0, 1], tau not positive, or a threshold that is not finite.
     """
 
     alpha: float = 0.3
@@ -38,8 +38,8 @@ class LeapAlign:
             raise ValueError(f"alpha={self.alpha} must lie in [0, 1]; the paper uses 0.1 to 0.3")
         if not 0 < self.tau < math.inf:
             raise ValueError(f"tau={self.tau} must be positive and finite; the paper uses 0.1")
-        if math.isnan(self.threshold):
-            raise ValueError("threshold=nan must be a number on the reward's scale; inf keeps every sample active")
+        if not math.isfinite(self.threshold):
+            raise ValueError(f"threshold={self.threshold} must be a finite number on the reward's scale")
 
 
 @dataclass(frozen=True)

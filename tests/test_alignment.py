@@ -247,8 +247,8 @@ def test_the_reward_sees_the_rollouts_x_0_bit_for_bit(
         seen.append(latents.detach().clone())
         return bounded_reward(latents)
 
-    method = LeapAlign(threshold=10.0)
-    alignment_gradients(transformer, conditioning, noise, SIGMAS, reward, method, executor=executor)
+    early = torch.tensor([[0, 1]] * 3)  # a long second leap: its prediction is far from x_0
+    alignment_gradients(transformer, conditioning, noise, SIGMAS, reward, LeapAlign(), pairs=early, executor=executor)
     (x_0,) = seen
     assert torch.equal(x_0, rollout(transformer, conditioning, noise, SIGMAS).final)
 

@@ -67,6 +67,7 @@ def test_paper_defaults() -> None:
         ({"tau": 0.0}, "tau=0.0 must be positive"),
         ({"tau": math.inf}, "tau=inf"),
         ({"threshold": math.nan}, "threshold=nan"),
+        ({"threshold": math.inf}, "threshold=inf"),
     ],
 )
 def test_refusals(setting: dict[str, Any], message: str) -> None:

@@ -1,0 +1,211 @@
+"""A FLUX pipeline without its text encoders: transformer, VAE, scheduler, and the tensors that go in and come out."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from leapalign.errors import UsageError
+from leapalign.schedule import shifted_sigmas
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
+
+_HUB_ID = r"[A-Za-z0-9][\w.-]*/[\w.-]+"
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto` is the GPU if there is one, else the CPU.
+
+    Raises:
+        UsageError: a device that this machine does not have.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    missing_cuda = device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()
+    if missing_cuda or (device.type == "mps" and not torch.backends.mps.is_available()):
+        raise UsageError(f"device = {name}: torch {torch.__version__} sees no such device here; use auto or cpu")
+    return device
+
+
+def resolve_model(name: str) -> Path | str:
+    """`shapes` is the packaged pipeline's folder, an existing folder is itself, anything else must be a hub id.
+
+    Raises:
+        UsageError: neither of them, or a folder that is not a FLUX pipeline.
+    """
+    key = f"pretrained_model_name_or_path = '{name}'"
+    if name == "shapes":
+        from leapalign.zoo.shapes import PIPELINE_FOLDER
+
+        folder = PIPELINE_FOLDER
+    elif Path(name).is_dir():
+        folder = Path(name)
+    elif re.fullmatch(_HUB_ID, name):
+        return name
+    else:
+        raise UsageError(f"{key} does not exist; name a folder, a hub id (owner/name) or 'shapes'")
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise UsageError(f"{key}: {folder} has no model_index.json; name a pipeline folder in the diffusers layout")
+    kind = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
+    if kind != "FluxPipeline":
+        raise UsageError(f"{key} is a {kind}; only FluxPipeline is supported")
+    return folder
+
+
+@dataclass(frozen=True)
+class FlowPipeline:
+    """What alignment and sampling need of a FLUX pipeline.
+
+    Attributes:
+        transformer: float32 weights that require grad; in eval mode (no dropout, so that a second evaluation is the
+            rollout's own).
+        vae: frozen, in eval mode, in its own dtype.
+        scheduler: gives the sigmas; its stepping is not used.
+        source: folder or hub id the pipeline came from.
+    """
+
+    transformer: FluxTransformer2DModel
+    vae: AutoencoderKL
+    scheduler: FlowMatchEulerDiscreteScheduler
+    source: Path | str
+
+    @property
+    def device(self) -> torch.device:
+        """Where the transformer is."""
+        return self.transformer.device
+
+    @property
+    def parameters(self) -> dict[str, torch.nn.Parameter]:
+        """{name: parameter} of the transformer."""
+        return dict(self.transformer.named_parameters())
+
+    def latent_shape(self, resolution: int) -> tuple[int, int]:
+        """(tokens S, channels C) of one square picture of `resolution` pixels a side, packed 2 x 2.
+
+        Raises:
+            UsageError: the side is not a whole number of patches.
+        """
+        patch = 2 * self._vae_scale
+        if resolution < patch or resolution % patch:
+            raise UsageError(f"resolution = {resolution} is not divisible by {patch}, this pipeline's patch in pixels")
+        return (resolution // patch) ** 2, self.transformer.config.in_channels
+
+    def sigmas(self, num_steps: int, resolution: int) -> Tensor:
+        """(num_steps + 1,) float32 noise levels 1 -> 0 that diffusers' FluxPipeline uses at this resolution."""
+        return shifted_sigmas(self.scheduler, num_steps, self.latent_shape(resolution)[0])
+
+    def conditioning(self, embeds: Mapping[str, Tensor], resolution: int, guidance_scale: float) -> dict[str, Any]:
+        """The transformer's keyword arguments for a batch of prompt embeddings.
+
+        Args:
+            embeds: encoder_hidden_states (B, L, D) and pooled_projections (B, P), on any device in any float dtype.
+
+        Returns:
+            Both in the transformer's dtype on its device; txt_ids (L, 3) zeros; img_ids (S, 3) rows and columns of the
+            patches; guidance (B,) float32 if the transformer embeds guidance.
+        """
+        conditioning = {name: e.to(device=self.device, dtype=self.transformer.dtype) for name, e in embeds.items()}
+        text = conditioning["encoder_hidden_states"]
+        side = resolution // (2 * self._vae_scale)
+        steps = torch.arange(side, device=self.device, dtype=text.dtype)
+        zero = torch.zeros(side, side, device=self.device, dtype=text.dtype)
+        rows, columns = steps[:, None].expand(side, side), steps.expand(side, side)
+        conditioning["img_ids"] = torch.stack([zero, rows, columns], dim=-1).reshape(side * side, 3)
+        conditioning["txt_ids"] = text.new_zeros(text.shape[1], 3)
+        if self.transformer.config.guidance_embeds:
+            conditioning["guidance"] = torch.full((len(text),), guidance_scale, device=self.device)
+        return conditioning
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pictures (B, 3, H, W) in [0, 1] of packed latents (B, S, C); differentiable, in the VAE's dtype.
+
+        z / scaling_factor + shift_factor, VAE, x * 0.5 + 0.5, clamp. The clamp stops the gradient of saturated pixels.
+        Never tiled: seams of tiles change the gradient. Pictures are square.
+        """
+        side = round(latents.shape[1] ** 0.5)
+        assert side * side == latents.shape[1], f"{latents.shape[1]} tokens are no square picture"
+        z = latents.to(self.vae.dtype).unflatten(1, (side, side)).unflatten(-1, (-1, 2, 2))
+        z = z.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)  # (B, h, w, C/4, 2, 2) -> (B, C/4, 2 h, 2 w)
+        z = z / self.vae.config.scaling_factor + (self.vae.config.shift_factor or 0.0)
+        return (self.vae.decode(z, return_dict=False)[0] * 0.5 + 0.5).clamp(0, 1)
+
+    @property
+    def _vae_scale(self) -> int:
+        """Pixels a latent pixel, along one side."""
+        return int(2 ** (len(self.vae.config.block_out_channels) - 1))
+
+
+def load_pipeline(
+    name: str,
+    *,
+    device: torch.device | str = "cpu",
+    transformer: str | Path | None = None,
+    mixed_precision: str = "no",
+    vae_dtype: torch.dtype = torch.float32,
+) -> FlowPipeline:
+    """Load transformer, VAE and scheduler of a FLUX pipeline; the text encoders stay on the disk.
+
+    The transformer's weights are float32: AdamW steps of 1e-5 vanish in bfloat16 weights above 0.003.
+
+    Args:
+        name: as for `resolve_model`.
+        transformer: a transformer folder to take instead of the pipeline's own.
+        mixed_precision: "bf16" evaluates the transformer under bfloat16 autocast; "no" in float32.
+        vae_dtype: float32 keeps the reward's gradient exact; FLUX.1's VAE is small beside the transformer.
+
+    Raises:
+        UsageError: the model does not exist or cannot be loaded.
+    """
+    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
+
+    source = resolve_model(name)
+    try:
+        if transformer is None:
+            model = FluxTransformer2DModel.from_pretrained(source, subfolder="transformer", torch_dtype=torch.float32)
+        else:
+            model = FluxTransformer2DModel.from_pretrained(transformer, torch_dtype=torch.float32)
+        vae = AutoencoderKL.from_pretrained(source, subfolder="vae", torch_dtype=vae_dtype)
+        scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(source, subfolder="scheduler")
+    except OSError as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UsageError(f"pretrained_model_name_or_path = '{name}' could not be loaded: {reason}") from error
+    _own_memory(model)
+    model.to(device).eval().requires_grad_(True)
+    vae.to(device).eval().requires_grad_(False)
+    if mixed_precision == "bf16":
+        _autocast(model)
+    return FlowPipeline(model, vae, scheduler, source)
+
+
+def _own_memory(model: torch.nn.Module) -> None:
+    """Move weights that are mapped from a file into memory of their own.
+
+    The file may be replaced during the run, and mapped tensors start at any byte: CPU kernels may round differently by
+    alignment, and a resumed run must give the same bits.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+
+
+def _autocast(model: FluxTransformer2DModel) -> None:
+    """Evaluate `model` under bfloat16 autocast, wherever it is called from.
+
+    Without autocast's weight cache: it would hold a bfloat16 copy of the model, and copies made without grad in the
+    rollout would be found again by the pass that needs one.
+    """
+    device = next(model.parameters()).device.type
+    full = torch.autocast(device, enabled=False)
+    # FLUX casts the timestep to this layer's output dtype: bfloat16 would move it by up to 2/1000.
+    model.x_embedder.forward = full(model.x_embedder.forward)
+    model.forward = torch.autocast(device, torch.bfloat16, cache_enabled=False)(model.forward)

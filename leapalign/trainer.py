@@ -1,0 +1,261 @@
+"""The alignment run: draw, differentiate, update, report, validate, save; to be stopped and resumed at any step."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from leapalign.alignment import GradientResult, alignment_gradients
+from leapalign.config import AlignConfig, check_output_dir, save_config
+from leapalign.draws import draw_noise, draw_pairs, draw_prompts
+from leapalign.engine import checkpoint as checkpoints
+from leapalign.errors import UsageError
+from leapalign.evaluate import Evaluation, table
+from leapalign.interruption import Interruption
+from leapalign.model_card import model_card
+from leapalign.pipeline import load_pipeline, resolve_device
+from leapalign.prompts import load_prompts
+from leapalign.rewards import LatentReward, RewardModel, load_reward
+from leapalign.sampling import prompt_store
+from leapalign.state import TrainState, learning_rate, read_state
+from leapalign.surrogates import LeapAlign
+from leapalign.tracking import Tracking
+from leapalign.validation import Validation
+
+MOST_SKIPPED = 10  # steps in a row without a finite gradient: the run is lost, and going on would hide it
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a run has come to; its text is the before/after table and where to find the rest.
+
+    Attributes:
+        step: optimizer steps done.
+        before, after: scores on the validation prompts; None without them, or if the run was interrupted.
+        picture: samples/before_after.png, if it was drawn.
+        result: the transformer/ folder, or the checkpoint of an interrupted run.
+    """
+
+    step: int
+    result: Path
+    before: Evaluation | None = None
+    after: Evaluation | None = None
+    picture: Path | None = None
+
+    def __str__(self) -> str:
+        scores = [table(self.after, self.before), ""] if self.after else []
+        picture = [f"before/after: {self.picture}"] if self.picture else []
+        return "\n".join([*scores, *picture, f"after {self.step} steps: {self.result}"])
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended.
+
+    Attributes:
+        interrupted: whether a signal stopped it before its last step.
+        resume_command: what goes on with it, then; None for a finished run.
+        summary: the result; print it.
+    """
+
+    interrupted: bool
+    resume_command: str | None
+    summary: Summary
+
+
+class Trainer:
+    """Aligns all parameters of a pipeline's transformer with a reward, as `config` says.
+
+    A step is a function of the state and of (seed, step, sample) alone: a run that is killed and resumed ends with the
+    same bits as one that was not.
+    """
+
+    def __init__(self, config: AlignConfig, *, reward: RewardModel | None = None) -> None:
+        """
+        Args:
+            reward: a reward model of your own, instead of the one that the config names.
+        """
+        self.config = config
+        self.output_dir = Path(config.output_dir)
+        self.method = LeapAlign(config.alpha, config.tau, config.threshold)
+        self._given_reward = reward
+
+    def run(self) -> Outcome:
+        """Train to `max_train_steps`, or until SIGINT or SIGTERM, which finish the step and write a checkpoint.
+
+        Raises:
+            UsageError: the folder holds a run already, something that the config names is not there, or the run has
+                diverged.
+        """
+        config = self.config
+        start = check_output_dir(config)
+        self._load()
+        with self._open(start):
+            self._begin(start)
+            with Interruption() as interruption:
+                while self.state.step < config.max_train_steps and not interruption.requested:
+                    self.tracking.log(self._train_step())
+                    if self.state.step % config.checkpointing_steps == 0:
+                        self._save_checkpoint()
+                    if self.state.step % config.validation_steps == 0 and self.state.step < config.max_train_steps:
+                        self._validate()
+                return self._finish() if self.state.step >= config.max_train_steps else self._interrupted()
+
+    # ---- one step --------------------------------------------------------------------------------------------------
+
+    def _train_step(self) -> dict[str, Any]:
+        """One optimizer step over the global batch; returns its row of metrics.jsonl.
+
+        A reward or a gradient that is not finite leaves weights, optimizer states and average as they are.
+        """
+        start = time.perf_counter()
+        self.state.step += 1
+        seconds: dict[str, float] = {}
+        row: dict[str, Any] = {"step": self.state.step, "skipped": False, "reason": None}
+        try:
+            grads, scores = self._gradients(seconds)
+            update_start = time.perf_counter()
+            grad_norm = self.state.update(grads)
+            seconds["optimizer"] = time.perf_counter() - update_start
+            row |= {**scores, "grad_norm": grad_norm}
+            self._skipped_in_a_row = 0
+        except FloatingPointError as error:
+            row |= dict.fromkeys(("reward", "loss", "d_j", "d_0", "active", "grad_norm"))
+            row |= {"skipped": True, "reason": str(error)}
+            self._count_skip(str(error))
+        seconds["total"] = time.perf_counter() - start
+        return {**row, "lr": learning_rate(self.config, self.state.step), "seconds": seconds}
+
+    def _gradients(self, seconds: dict[str, float]) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """Gradients and scores averaged over the global batch; each phase's time is added to `seconds`.
+
+        Samples are numbered through the global batch, so noise and pairs do not depend on how it is split.
+
+        Raises:
+            FloatingPointError: a reward or its gradient is not finite.
+        """
+        size, passes = self.config.train_batch_size, self.config.gradient_accumulation_steps
+        order = draw_prompts(self.config.seed, self.state.step - 1, size * passes, len(self.train_prompts))
+        grads: dict[str, Tensor] = {}
+        results: list[GradientResult] = []
+        for first in range(0, size * passes, size):
+            texts = [self.train_prompts[index] for index in order[first : first + size]]
+            result = self._alignment_gradients(range(first, first + size), texts)
+            for phase, value in result.seconds.items():
+                seconds[phase] = seconds.get(phase, 0.0) + value
+            if grads:
+                torch._foreach_add_(list(grads.values()), [result.grads[name] for name in grads])
+            else:
+                grads.update(result.grads)
+            result.grads.clear()  # as large as the model: only the sum is kept
+            results.append(result)
+        torch._foreach_mul_(list(grads.values()), 1 / passes)
+        rewards = torch.cat([result.rewards for result in results])
+        return grads, {
+            "reward": float(rewards.mean()),
+            "loss": float(torch.stack([result.loss for result in results]).mean()),
+            "d_j": float(torch.cat([result.d_j for result in results]).mean()),
+            "d_0": float(torch.cat([result.d_0 for result in results]).mean()),
+            "active": float((rewards < self.config.threshold).float().mean()),
+        }
+
+    def _alignment_gradients(self, samples: range, texts: list[str]) -> GradientResult:
+        """Of one pass: the samples with these numbers in the global batch, and their prompts."""
+        config, pipeline = self.config, self.pipeline
+        noise = draw_noise(config.seed, self.state.step, samples, pipeline.latent_shape(config.resolution))
+        return alignment_gradients(
+            pipeline.transformer,
+            pipeline.conditioning(self.store.batch(texts), config.resolution, config.guidance_scale),
+            noise.to(pipeline.device),
+            pipeline.sigmas(config.num_inference_steps, config.resolution),
+            LatentReward(pipeline, self.reward, texts),
+            self.method,
+            pairs=draw_pairs(config.seed, self.state.step, samples, config.num_inference_steps),
+            executor=config.executor,
+            microbatch=config.microbatch,
+        )
+
+    def _count_skip(self, reason: str) -> None:
+        self.state.skipped += 1
+        self._skipped_in_a_row += 1
+        if self._skipped_in_a_row >= MOST_SKIPPED:
+            raise UsageError(
+                f"{MOST_SKIPPED} steps in a row up to step {self.state.step} had no finite gradient ({reason}); "
+                f"lower learning_rate = {self.config.learning_rate:g} or mend the reward, then go on from a checkpoint"
+            )
+
+    # ---- before and after ------------------------------------------------------------------------------------------
+
+    def _load(self) -> None:
+        """Everything that the run holds; the text encoders have come and gone when this returns."""
+        config = self.config
+        validation = config.validation_prompts
+        self.train_prompts = [prompt.text for prompt in load_prompts(config.train_prompts, key="train_prompts")]
+        self.validation_prompts = load_prompts(validation, key="validation_prompts") if validation is not None else []
+        self.store = prompt_store(config, [*self.train_prompts, *(prompt.text for prompt in self.validation_prompts)])
+        self.pipeline = load_pipeline(
+            config.pretrained_model_name_or_path,
+            device=resolve_device(config.device),
+            mixed_precision=config.mixed_precision,
+        )
+        self.pipeline.latent_shape(config.resolution)  # refuses a resolution that the pipeline cannot make
+        if config.gradient_checkpointing:
+            self.pipeline.transformer.enable_gradient_checkpointing()
+        self.reward = self._given_reward or load_reward(config)
+        self.state = TrainState(self.pipeline.transformer, config)
+        self._skipped_in_a_row = 0
+
+    def _open(self, start: Path | None) -> Tracking:
+        """Take the output folder: from here on it holds a run."""
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        checkpoints.clean(self.output_dir)
+        save_config(self.config, self.output_dir)
+        self.tracking = Tracking(self.config, read_state(start)["step"] if start else 0)
+        return self.tracking
+
+    def _begin(self, start: Path | None) -> None:
+        """Score the base weights, then take those of the checkpoint, if there is one."""
+        parts = (self.pipeline, self.store, self.validation_prompts, self.reward, self.config)
+        self.validation = Validation(*parts, self.tracking)
+        self.before = self.validation.base()
+        if start is not None:
+            for warning in self.state.restore(start):
+                self.tracking.warn(warning)
+
+    def _validate(self) -> Evaluation | None:
+        with self.state.averaged():
+            return self.validation.run(self.state.step)
+
+    def _save_checkpoint(self) -> Path:
+        self.tracking.sync()
+        return self.state.save(self.output_dir)
+
+    def _interrupted(self) -> Outcome:
+        saved = checkpoints.checkpoint_folder(self.output_dir, self.state.step)
+        if saved not in checkpoints.list_checkpoints(self.output_dir):
+            self._save_checkpoint()
+        command = f"leapalign align {shlex.quote(str(self.output_dir / 'config.yaml'))} --resume_from_checkpoint latest"
+        return Outcome(True, command, Summary(self.state.step, saved))
+
+    def _finish(self) -> Outcome:
+        """transformer/ with the average (or the weights), the last validation, the picture and the model card."""
+        with self.state.averaged(), checkpoints.atomic_folder(self.output_dir / "transformer") as folder:
+            self.pipeline.transformer.save_pretrained(folder)
+        after = self._validate()
+        picture = self.validation.compare(self.before, after)
+        card = model_card(
+            self.config,
+            name=self.config.run_name or self.output_dir.resolve().name,
+            results=table(after, self.before) if after else None,
+            skipped=self.state.skipped,
+        )
+        checkpoints.write_atomically(self.output_dir / "README.md", card)
+        return Outcome(
+            False, None, Summary(self.state.step, self.output_dir / "transformer", self.before, after, picture)
+        )
