@@ -49,7 +49,7 @@ def trainer(monkeypatch):
                 raise outcome.summary
             return outcome
 
-    module.Trainer = Trainer
+    vars(module)["Trainer"] = Trainer
     monkeypatch.setitem(sys.modules, "leapalign.trainer", module)
     return types.SimpleNamespace(configs=configs, outcome=outcome)
 
@@ -256,7 +256,12 @@ def test_version(capsys):
 
 def test_sample_hands_on_prompts_and_transformer(run, tmp_path, monkeypatch, capsys):
     calls = []
-    monkeypatch.setattr("leapalign.sampling.sample_command", lambda *a, **k: calls.append((a, k)) or "written")
+
+    def sample_command(*args, **keywords):
+        calls.append((args, keywords))
+        return "written"
+
+    monkeypatch.setattr("leapalign.sampling.sample_command", sample_command)
     (tmp_path / "done" / "transformer").mkdir(parents=True)
     (tmp_path / "done" / "transformer" / "config.json").write_text("{}")
     out = tmp_path / "x.png"

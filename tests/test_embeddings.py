@@ -21,7 +21,8 @@ PROMPTS = ["a red circle", "a blue square", "a red circle and a blue square"]
 def clip_tokenizer(length):
     """Byte-pair merges that build each of WORDS from its letters, so that a word is one token."""
     special = ["<|startoftext|>", "<|endoftext|>"]
-    pieces, merges = {}, []
+    pieces: dict[str, None] = {}
+    merges = []
     for word in WORDS:
         letters = [*word[:-1], f"{word[-1]}</w>"]
         pieces |= dict.fromkeys(letters)
@@ -224,7 +225,7 @@ def test_a_pipeline_without_text_encoders_is_named(tmp_path, embed, absent):
 
 
 def test_only_the_text_half_is_fetched_from_the_hub(pipeline, embed, monkeypatch):
-    asked = {}
+    asked: dict[str, object] = {}
 
     def snapshot_download(name, allow_patterns):
         asked.update(name=name, patterns=allow_patterns)

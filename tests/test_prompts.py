@@ -53,7 +53,7 @@ def fake_datasets(monkeypatch, **columns):
             return list(self)
 
     module = types.ModuleType("datasets")
-    module.load_dataset = lambda name, split: Rows(columns)
+    vars(module)["load_dataset"] = lambda name, split: Rows(columns)
     monkeypatch.setitem(sys.modules, "datasets", module)
 
 

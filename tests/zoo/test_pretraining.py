@@ -144,7 +144,7 @@ def judged():
 
 def test_reward_prefers_the_prompt_to_hard_negatives_in_every_category(judged):
     specs, _, images, model, own = judged
-    wins = {name: [] for name in CATEGORIES}
+    wins: dict[str, list[bool]] = {name: [] for name in CATEGORIES}
     for i, spec in enumerate(specs):
         wrong = [phrase(w) for w in hard_negatives(spec)]
         wins[spec.category] += (own[i] > model(images[i : i + 1].expand(len(wrong), -1, -1, -1), wrong)).tolist()

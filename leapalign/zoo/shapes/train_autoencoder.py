@@ -71,7 +71,7 @@ def train(work: Path, seed: int, device: str, steps: int = STEPS) -> None:
 
 
 @torch.no_grad()
-def report(vae: torch.nn.Module, images: Tensor, specs: list[Spec], device: str) -> None:
+def report(vae: AutoencoderKL, images: Tensor, specs: list[Spec], device: str) -> None:
     """Print how many reconstructions (and originals) the rule-based checker finds right."""
     x = images.float() / 255
     y = torch.cat([vae.decode(vae.encode(b.to(device) * 2 - 1).latent_dist.mean).sample.cpu() for b in x.split(250)])

@@ -26,7 +26,7 @@ from leapalign.zoo.shapes.train_flow import (
 )
 
 BATCH = 64
-STEPS = 2500
+STEPS = 1200
 LEARNING_RATE = 5e-4
 SCALES = (1.0, 5.0)  # guidance scales are drawn uniformly from here
 
@@ -44,8 +44,9 @@ def load_average(work: Path, stage: str) -> TextToFlow:
 
 
 def learning_rate(step: int, steps: int) -> float:
-    """Warm-up over 100 steps, then linear to 0."""
-    return LEARNING_RATE * min(1.0, (step + 1) / 100) * (1 - step / steps)
+    """Warm-up over 100 steps, a slow linear fall, and a ramp to 0 over the second half."""
+    fall = 1 - 0.48 * step / steps
+    return LEARNING_RATE * min(1.0, (step + 1) / 100) * fall * min(1.0, (steps - step) / (0.5 * steps))
 
 
 def train(work: Path, seed: int, device: str, steps: int = STEPS) -> None:

@@ -27,7 +27,7 @@ from leapalign.zoo.shapes.train_autoencoder import load_autoencoder
 BATCH = 80
 CORRUPTED = 28  # further pictures of a batch that are wrong for every text
 HARD = 2  # hard negative texts a sample
-STEPS = 3000
+STEPS = 2000
 LEARNING_RATE = 1e-3
 POOL = 60_000  # scenes
 NOISED = 12_000  # decoded from noised latents: what an unfinished sampler would show
@@ -99,7 +99,9 @@ def make_pool(vae: AutoencoderKL, work: Path, seed: int, device: str) -> dict:
         for _ in range(POOL // 5000):
             batches.append(sample_scenes(sample_specs(5000, generator)[0], generator))
         scenes = Scenes(**{k: torch.cat([vars(b)[k] for b in batches]) for k in vars(batches[0])})
-        rendered, rebuilt, noised = [], [], []
+        rendered: list[Tensor] = []
+        rebuilt: list[Tensor] = []
+        noised: list[Tensor] = []
         for index in torch.arange(POOL).split(250):
             images = render(scenes.take(index))
             latents = vae.encode(images.to(device) * 2 - 1).latent_dist.mean
