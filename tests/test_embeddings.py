@@ -2,6 +2,7 @@
 
 import json
 import logging
+from typing import Any
 
 import pytest
 import torch
@@ -225,7 +226,7 @@ def test_a_pipeline_without_text_encoders_is_named(tmp_path, embed, absent):
 
 
 def test_only_the_text_half_is_fetched_from_the_hub(pipeline, embed, monkeypatch):
-    asked: dict[str, object] = {}
+    asked: dict[str, Any] = {}
 
     def snapshot_download(name, allow_patterns):
         asked.update(name=name, patterns=allow_patterns)

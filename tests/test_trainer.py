@@ -365,8 +365,10 @@ def test_a_run_that_has_diverged_says_so(folder: Path, tmp_path: Path, monkeypat
     def broken(images: Tensor, prompts: list[str]) -> Tensor:
         return ColourReward()(images, prompts) * float("nan")
 
+    run = Trainer(tiny_config(folder, tmp_path / "run"), reward=broken)
     with pytest.raises(UsageError, match=r"3 steps in a row up to step 3 .* lower learning_rate = 0\.001"):
-        Trainer(tiny_config(folder, tmp_path / "run"), reward=broken).run()
+        run.run()
+    assert [row["skipped"] for row in rows(run)] == [True] * 3
 
 
 def test_samples_above_the_threshold_are_counted_out(folder: Path, tmp_path: Path) -> None:

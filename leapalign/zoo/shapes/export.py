@@ -15,6 +15,8 @@ from leapalign.zoo.shapes.train_autoencoder import load_autoencoder
 from leapalign.zoo.shapes.train_flow import TextToFlow, accuracy
 from leapalign.zoo.shapes.train_guidance import load_average
 
+STAGES = ("autoencoder", "flow", "guidance", "reward")
+
 
 def assemble(work: Path) -> tuple[FluxPipeline, TextToFlow]:
     """The pipeline with the averaged weights of the last stage. Raises FileNotFoundError where a stage has not run."""
@@ -31,16 +33,24 @@ def assemble(work: Path) -> tuple[FluxPipeline, TextToFlow]:
     return pipeline, model
 
 
+def _seconds(state_file: Path) -> float:
+    return float(torch.load(state_file, map_location="cpu", weights_only=True)["progress"]["seconds"])
+
+
 def export(work: Path) -> None:
     """Replace the package's `pipeline/` and `reward/` folders by what `work` holds, with a `training.json`."""
     pipeline, model = assemble(work)
     scores = accuracy(model, pipeline.vae, "cpu", per_prompt=8)
     shutil.rmtree(PIPELINE_FOLDER, ignore_errors=True)
     pipeline.to(dtype=torch.float16).save_pretrained(PIPELINE_FOLDER)
+    for name in ("model_index.json", "tokenizer/tokenizer_config.json", "tokenizer_2/tokenizer_config.json"):
+        file = PIPELINE_FOLDER / name  # transformers 5 writes its internal class, which version 4 does not have
+        file.write_text(file.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast"))
     shutil.rmtree(REWARD_FOLDER, ignore_errors=True)
     shutil.copytree(work / "reward", REWARD_FOLDER)
     record = {
         "command": "python -m leapalign.zoo.shapes train",
+        "minutes": {stage: round(_seconds(work / f"{stage}.pt") / 60, 1) for stage in STAGES},
         "accuracy": {name: round(value, 4) for name, value in scores.items()},
         "reward": json.loads((REWARD_FOLDER / "config.json").read_text()),
     }

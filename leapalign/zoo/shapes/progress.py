@@ -11,26 +11,40 @@ import torch
 
 
 class Progress:
-    """Prints a line every `every` steps: step, running means of the shown values, seconds left."""
+    """Prints a line every `every` steps: step, running means of the shown values, seconds left.
 
-    def __init__(self, name: str, start: int, steps: int, every: int = 100) -> None:
-        self.name, self.start, self.steps, self.every = name, start, steps, every
-        self.began = time.monotonic()
-        self.sums: dict[str, float] = {}
+    Saved and loaded with a stage's state, so that `seconds` counts the time of all its parts.
+    """
+
+    def __init__(self, name: str, steps: int, every: int = 100) -> None:
+        self.name, self.steps, self.every = name, steps, every
+        self._before, self._began, self._shown = 0.0, time.monotonic(), 0
+        self._values: dict[str, list[float]] = {}
+
+    @property
+    def seconds(self) -> float:
+        """Wall-clock seconds that the stage has taken, those before it was stopped included."""
+        return self._before + time.monotonic() - self._began
+
+    def state_dict(self) -> dict[str, float]:
+        """The seconds so far."""
+        return {"seconds": self.seconds}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Go on counting from the seconds of an earlier part."""
+        self._before = state["seconds"]
 
     def show(self, step: int, **values: float) -> None:
         """Add this step's values; print when the step is a multiple of `every` or the last."""
+        self._shown += 1
         for key, value in values.items():
-            self.sums[key] = self.sums.get(key, 0.0) + value
+            self._values.setdefault(key, []).append(value)
         if step % self.every == 0 or step == self.steps:
-            count = (step - 1 - self.start) % self.every + 1
-            pace = (time.monotonic() - self.began) / (step - self.start)
-            means = "  ".join(f"{key} {total / count:.4f}" for key, total in self.sums.items())
-            print(
-                f"{self.name} {step}/{self.steps}  {means}  {pace:.3f} s/step  {pace * (self.steps - step):.0f} s left",
-                flush=True,
-            )
-            self.sums.clear()
+            pace = (time.monotonic() - self._began) / self._shown
+            means = "  ".join(f"{key} {sum(found) / len(found):.4f}" for key, found in self._values.items())
+            left = pace * (self.steps - step)
+            print(f"{self.name} {step}/{self.steps}  {means}  {pace:.3f} s/step  {left:.0f} s left", flush=True)
+            self._values.clear()
 
 
 def save_state(path: Path, step: int, **parts: Any) -> None:

@@ -48,8 +48,8 @@ def train(work: Path, seed: int, device: str, steps: int = STEPS) -> None:
     vae = build_autoencoder().to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=1e-3)
     state_file = work / "autoencoder.pt"
-    start = load_state(state_file, vae=vae, optimizer=optimizer)
-    progress = Progress("autoencoder", start, steps)
+    progress = Progress("autoencoder", steps)
+    start = load_state(state_file, vae=vae, optimizer=optimizer, progress=progress)
     for step in range(start, steps):
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
         x = images[torch.randint(len(images), (BATCH,), generator=generator)].to(device).float() / 127.5 - 1
@@ -66,7 +66,7 @@ def train(work: Path, seed: int, device: str, steps: int = STEPS) -> None:
         optimizer.step()
         progress.show(step + 1, loss=loss.item(), psnr=10 * math.log10(4 / error.item()))
         if (step + 1) % 500 == 0 or step + 1 == steps:
-            save_state(state_file, step + 1, vae=vae, optimizer=optimizer)
+            save_state(state_file, step + 1, vae=vae, optimizer=optimizer, progress=progress)
     report(vae, images[:2000], specs[:2000], device)
 
 

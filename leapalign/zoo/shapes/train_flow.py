@@ -161,9 +161,9 @@ def train(work: Path, seed: int, device: str, steps: int = STEPS) -> None:
     optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.98), fused=True)
     average = Average(model.parameters(), EMA_DECAY).to(device)
     state_file = work / "flow.pt"
-    start = load_state(state_file, model=model, optimizer=optimizer, average=average)
+    progress = Progress("flow", steps)
+    start = load_state(state_file, model=model, optimizer=optimizer, average=average, progress=progress)
     velocity = torch.compile(model)  # 1.3 times as fast on a CPU; one minute to compile
-    progress = Progress("flow", start, steps)
     for step in range(start, steps):
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
         index = torch.randint(len(pool["latents"]), (BATCH,), generator=generator)
@@ -184,7 +184,7 @@ def train(work: Path, seed: int, device: str, steps: int = STEPS) -> None:
         average.update(model.parameters(), step)
         progress.show(step + 1, loss=loss.item(), norm=norm.item())
         if (step + 1) % 1000 == 0 or step + 1 == steps:
-            save_state(state_file, step + 1, model=model, optimizer=optimizer, average=average)
+            save_state(state_file, step + 1, model=model, optimizer=optimizer, average=average, progress=progress)
             averaged = TextToFlow().to(device)
             average.copy_to(averaged)
             scores = "  ".join(f"{k} {v:.2f}" for k, v in accuracy(averaged, vae, device).items())

@@ -59,9 +59,9 @@ def train(work: Path, seed: int, device: str, steps: int = STEPS) -> None:
     optimizer = torch.optim.AdamW(student.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0, fused=True)
     average = Average(student.parameters(), EMA_DECAY).to(device)
     state_file = work / "guidance.pt"
-    start = load_state(state_file, model=student, optimizer=optimizer, average=average)
+    progress = Progress("guidance", steps)
+    start = load_state(state_file, model=student, optimizer=optimizer, average=average, progress=progress)
     guided, velocity = torch.compile(teacher), torch.compile(student)
-    progress = Progress("guidance", start, steps)
     for step in range(start, steps):
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
         index = torch.randint(len(pool["latents"]), (BATCH,), generator=generator)
@@ -86,7 +86,7 @@ def train(work: Path, seed: int, device: str, steps: int = STEPS) -> None:
         average.update(student.parameters(), step)
         progress.show(step + 1, loss=loss.item(), norm=norm.item())
         if (step + 1) % 500 == 0 or step + 1 == steps:
-            save_state(state_file, step + 1, model=student, optimizer=optimizer, average=average)
+            save_state(state_file, step + 1, model=student, optimizer=optimizer, average=average, progress=progress)
             averaged = load_average(work, "guidance").to(device)
             for w in (1.0, 3.5):
                 scores = "  ".join(f"{k} {v:.2f}" for k, v in accuracy(averaged, vae, device, guidance=w).items())

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from leapalign.zoo.shapes.concepts import ConceptHead, facts_of_scenes, facts_of_specs
 from leapalign.zoo.shapes.corruptions import corrupt
+from leapalign.zoo.shapes.paths import edited, path_loss
 from leapalign.zoo.shapes.progress import Progress, load_state, save_state
 from leapalign.zoo.shapes.prompts import NUMBERS, phrase, sample_specs
 from leapalign.zoo.shapes.reward import WIDTH, TwoTower, save_reward, word_ids
@@ -27,7 +28,9 @@ from leapalign.zoo.shapes.train_autoencoder import load_autoencoder
 BATCH = 80
 CORRUPTED = 28  # further pictures of a batch that are wrong for every text
 HARD = 2  # hard negative texts a sample
-STEPS = 2000
+STEPS = 2600
+PATHS_FROM = 2000 / 2600  # share of the steps after which cross-fades are asked to score in between
+PATH_WEIGHT = 100.0  # squared cosines of 0.1 are worth as much as the other terms
 LEARNING_RATE = 1e-3
 POOL = 60_000  # scenes
 NOISED = 12_000  # decoded from noised latents: what an unfinished sampler would show
@@ -151,8 +154,11 @@ def _true_spec(shapes: list[str], colours: list[str], dx: float, dy: float, draw
 
 
 def learning_rate(step: int, steps: int) -> float:
-    """Warm-up over 200 steps, then a cosine to 0."""
-    return LEARNING_RATE * min(1.0, (step + 1) / 200) * 0.5 * (1 + math.cos(math.pi * step / steps))
+    """Warm-up over 200 steps and a cosine to 0; then, for the paths, linear from a third to 0."""
+    first = round(PATHS_FROM * steps)
+    if step >= first:
+        return LEARNING_RATE / 3 * (steps - step) / (steps - first)
+    return LEARNING_RATE * min(1.0, (step + 1) / 200) * 0.5 * (1 + math.cos(math.pi * step / first))
 
 
 def train(work: Path, seed: int, device: str, steps: int = STEPS) -> None:
@@ -164,8 +170,8 @@ def train(work: Path, seed: int, device: str, steps: int = STEPS) -> None:
     parameters = [*model.parameters(), *concepts.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.02, fused=True)
     state_file = work / "reward.pt"
-    start = load_state(state_file, model=model, concepts=concepts, optimizer=optimizer)
-    progress = Progress("reward", start, steps)
+    progress = Progress("reward", steps)
+    start = load_state(state_file, model=model, concepts=concepts, optimizer=optimizer, progress=progress)
     for step in range(start, steps):
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
         images, batch, specs = make_batch(pool, scenes, generator)
@@ -177,15 +183,21 @@ def train(work: Path, seed: int, device: str, steps: int = STEPS) -> None:
         contrast = -F.logsigmoid(sign * logits).sum() / len(images)
         binding = concepts.loss(pictures[:BATCH], facts_of_scenes(batch)) + concepts.loss(texts, facts_of_specs(specs))
         loss = contrast + binding
+        if step >= round(PATHS_FROM * steps):
+            turned = edited(batch, generator)
+            still_true = SpecTable(specs[:BATCH]).true_of(turned).diagonal()
+            loss = loss + PATH_WEIGHT * path_loss(
+                model, images[:BATCH].to(device), turned, texts[:BATCH], still_true, generator
+            )
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-        progress.show(step + 1, contrast=contrast.item(), binding=binding.item())
+        progress.show(step + 1, contrast=contrast.item(), binding=binding.item(), loss=loss.item())
         if (step + 1) % 500 == 0 or step + 1 == steps:
-            save_state(state_file, step + 1, model=model, concepts=concepts, optimizer=optimizer)
+            save_state(state_file, step + 1, model=model, concepts=concepts, optimizer=optimizer, progress=progress)
             print(f"reward {step + 1}: {measure(model, pool, scenes, device)}", flush=True)
     save_reward(model, work / "reward", measure(model, pool, scenes, device))
 
