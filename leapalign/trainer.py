@@ -100,7 +100,8 @@ class Trainer:
             self._begin(start)
             with Interruption() as interruption:
                 while self.state.step < config.max_train_steps and not interruption.requested:
-                    self.tracking.log(self._train_step())
+                    self.tracking.log(row := self._train_step())
+                    self._refuse_divergence(row)
                     if self.state.step % config.checkpointing_steps == 0:
                         self._save_checkpoint()
                     if self.state.step % config.validation_steps == 0 and self.state.step < config.max_train_steps:
@@ -128,7 +129,8 @@ class Trainer:
         except FloatingPointError as error:
             row |= dict.fromkeys(("reward", "loss", "d_j", "d_0", "active", "grad_norm"))
             row |= {"skipped": True, "reason": str(error)}
-            self._count_skip(str(error))
+            self.state.skipped += 1
+            self._skipped_in_a_row += 1
         seconds["total"] = time.perf_counter() - start
         return {**row, "lr": learning_rate(self.config, self.state.step), "seconds": seconds}
 
@@ -181,12 +183,10 @@ class Trainer:
             microbatch=config.microbatch,
         )
 
-    def _count_skip(self, reason: str) -> None:
-        self.state.skipped += 1
-        self._skipped_in_a_row += 1
+    def _refuse_divergence(self, row: dict[str, Any]) -> None:
         if self._skipped_in_a_row >= MOST_SKIPPED:
             raise UsageError(
-                f"{MOST_SKIPPED} steps in a row up to step {self.state.step} had no finite gradient ({reason}); "
+                f"{MOST_SKIPPED} steps in a row up to step {self.state.step} had no finite gradient ({row['reason']}); "
                 f"lower learning_rate = {self.config.learning_rate:g} or mend the reward, then go on from a checkpoint"
             )
 
