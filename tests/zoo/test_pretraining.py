@@ -17,7 +17,7 @@ from leapalign.zoo.shapes import (
 )
 from leapalign.zoo.shapes.corruptions import corrupt
 from leapalign.zoo.shapes.networks import T5_TOKENS
-from leapalign.zoo.shapes.prompts import phrase, sample_specs, validation_prompts
+from leapalign.zoo.shapes.prompts import PREFIXES, phrase, sample_specs, validation_prompts
 from leapalign.zoo.shapes.reward import load_shapes_reward, word_ids
 from leapalign.zoo.shapes.scenes import CATEGORIES, render, sample_scenes
 from leapalign.zoo.shapes.train_reward import SpecTable, hard_negatives
@@ -163,3 +163,10 @@ def test_reward_is_differentiable_and_per_sample(judged):
     model(x, [phrase(s) for s in specs[:3]])[1].backward()
     assert x.grad[1].abs().max() > 0
     assert x.grad[0].abs().max() == x.grad[2].abs().max() == 0
+
+
+def test_reward_does_not_care_how_it_is_asked(judged):
+    """A prefix such as "draw" says nothing of the picture; the reward was trained without any."""
+    specs, _, images, model, own = judged
+    for prefix in PREFIXES:
+        assert torch.equal(model(images, [prefix + phrase(s) for s in specs]), own), prefix

@@ -15,18 +15,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from leapalign.zoo.shapes import REWARD_FOLDER
-from leapalign.zoo.shapes.prompts import vocabulary
+from leapalign.zoo.shapes.prompts import PREFIXES, vocabulary
 
 WIDTH = 128
 TEXT_LENGTH = 8  # the longest prompt's words
+SILENT = {word for prefix in PREFIXES for word in prefix.split()}  # "draw", "show": they say nothing of the picture
 WORD_ID = {word: i + 2 for i, word in enumerate(vocabulary())}  # 0 pads, 1 is an unknown word
 
 
 def word_ids(texts: list[str]) -> Tensor:
-    """(B, TEXT_LENGTH) int64 word ids, padded with 0; longer texts are cut."""
+    """(B, TEXT_LENGTH) int64 word ids, padded with 0; silent words are left out, longer texts are cut."""
     ids = torch.zeros(len(texts), TEXT_LENGTH, dtype=torch.int64)
     for row, text in zip(ids, texts, strict=True):
-        words = [WORD_ID.get(word, 1) for word in text.lower().split()][:TEXT_LENGTH]
+        words = [WORD_ID.get(word, 1) for word in text.lower().split() if word not in SILENT][:TEXT_LENGTH]
         row[: len(words)] = torch.tensor(words)
     return ids
 
