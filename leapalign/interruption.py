@@ -8,13 +8,15 @@ import threading
 from types import FrameType
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_ENDS = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
 _NOTICE = b"\nfinishing what is under way, then a checkpoint; once more ends at once\n"
 
 
 class Interruption:
     """A context in which a signal only sets `requested`; outside the main thread signals stay as they are.
 
-    Inside, the second signal has its usual effect, so that a step which hangs can be left.
+    Inside, the second signal ends the process, so that a step which hangs can be left: also where the signal was ignored
+    before, as it is in a process that a shell script started in the background.
     """
 
     def __init__(self) -> None:
@@ -33,7 +35,8 @@ class Interruption:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
-        self._restore()
+        for one, usual in self._usual.items():
+            signal.signal(one, _ENDS[one] if usual is signal.SIG_IGN else usual)
         os.write(2, _NOTICE)  # print may be in the middle of a line here
 
     def _restore(self) -> None:

@@ -231,13 +231,21 @@ def test_ctrl_c_finishes_the_step_and_says_how_to_go_on(
     assert [row["step"] for row in rows(resumed)] == [1, 2, 3, 4, 5]
 
 
-def test_a_second_ctrl_c_ends_at_once(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("before", [signal.default_int_handler, signal.SIG_IGN], ids=["usual", "ignored"])
+def test_a_second_ctrl_c_ends_at_once(folder: Path, tmp_path: Path, before: Any) -> None:
+    """A process that a script starts in the background begins with SIGINT ignored."""
+    usual = signal.signal(signal.SIGINT, before)
+
     def twice(_: Tensor) -> None:
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
 
-    with pytest.raises(KeyboardInterrupt):
-        Trainer(tiny_config(folder, tmp_path / "run"), reward=AtCall(1, twice)).run()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            Trainer(tiny_config(folder, tmp_path / "run"), reward=AtCall(1, twice)).run()
+        assert signal.getsignal(signal.SIGINT) is before
+    finally:
+        signal.signal(signal.SIGINT, usual)
 
 
 def test_a_run_that_is_complete_can_be_made_longer(
