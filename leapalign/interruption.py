@@ -6,17 +6,18 @@ import os
 import signal
 import threading
 from types import FrameType
+from typing import Any
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_ENDS = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+_ENDS: dict[signal.Signals, Any] = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
 _NOTICE = b"\nfinishing what is under way, then a checkpoint; once more ends at once\n"
 
 
 class Interruption:
     """A context in which a signal only sets `requested`; outside the main thread signals stay as they are.
 
-    Inside, the second signal ends the process, so that a step which hangs can be left: also where the signal was ignored
-    before, as it is in a process that a shell script started in the background.
+    Inside, the second signal ends the process, so that a step which hangs can be left. It does so even where the signal
+    was ignored before, as it is in a process that a shell script started in the background.
     """
 
     def __init__(self) -> None:
