@@ -43,8 +43,10 @@ def run(options: argparse.Namespace, overrides: list[str]) -> int:
         return 2
     summary = summarise(seeds)
     print(table(summary, len(seeds)))
-    path = record.write(options.name or f"quality-{Path(options.config).stem}", {"summary": summary, "seeds": seeds})
-    print(f"\nwrote {path}")
+    chosen = ["--seeds", str(options.seeds), "--config", options.config, "--images", str(options.images)]
+    name = options.name or f"quality-{Path(options.config).stem}"
+    path = record.write(name, ["quality", *chosen, *overrides], {"summary": summary, "seeds": seeds})
+    print(f"\nwrote {path.name}")
     return 0
 
 

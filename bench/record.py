@@ -6,7 +6,6 @@ import json
 import os
 import platform
 import shlex
-import sys
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -41,12 +40,12 @@ def versions() -> dict[str, str]:
     return found
 
 
-def write(name: str, results: dict[str, Any]) -> Path:
-    """Write bench/results/<name>.json: `results` after date, command, machine and versions."""
+def write(name: str, command: list[str], results: dict[str, Any]) -> Path:
+    """Write bench/results/<name>.json: `results` after date, command (what follows `bench`), machine and versions."""
     RESULTS.mkdir(exist_ok=True)
     head = {
         "date": datetime.now(UTC).date().isoformat(),
-        "command": shlex.join(["python", "-m", "bench", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", "bench", *command]),
         "machine": machine(),
         "versions": versions(),
     }
