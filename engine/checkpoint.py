@@ -17,11 +17,12 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from leapalign.engine import tensorfile
+
 STATE_FILE = "trainer_state.json"
-SHARD_BYTES = 4 * 10**9  # at most this is copied to the host at once while saving
+SHARD_BYTES = 4 * 10**9  # a file of optimizer states holds no more, unless a single tensor does
 _UNFINISHED, _REPLACED, _DISCARDED = ".unfinished", ".replaced", ".discarded"
 
 
@@ -95,34 +96,41 @@ def prune(output_dir: Path, limit: int | None) -> None:
 
 
 def save_tensors(tensors: Mapping[str, Tensor], folder: Path, *, stem: str, shard_bytes: int = SHARD_BYTES) -> None:
-    """Write {name: tensor} as stem-00001.safetensors, ...; a shard at a time is on the host."""
-    for number, shard in enumerate(_shards(tensors, shard_bytes), 1):
-        contiguous = {name: tensor.detach().contiguous() for name, tensor in shard.items()}
-        save_file(contiguous, folder / f"{stem}-{number:05d}.safetensors", metadata={"format": "pt"})
+    """Write {name: tensor} as stem-00001.safetensors, ..., without a copy of what is on the host."""
+    for number, shard in enumerate(split(tensors, shard_bytes), 1):
+        tensorfile.write(folder / f"{stem}-{number:05d}.safetensors", shard)
 
 
-@torch.no_grad()
+def split(tensors: Mapping[str, Tensor], shard_bytes: int) -> Iterator[dict[str, Tensor]]:
+    """Consecutive parts of at most `shard_bytes`, or of one tensor; a part without tensors if there are none."""
+    shard: dict[str, Tensor] = {}
+    size = 0
+    for name, tensor in tensors.items():
+        if shard and size + tensor.nbytes > shard_bytes:
+            yield shard
+            shard, size = {}, 0
+        shard[name] = tensor
+        size += tensor.nbytes
+    yield shard
+
+
 def load_into(tensors: Mapping[str, Tensor], files: Iterable[Path]) -> None:
     """Copy tensors from safetensors files into those of the same name, in place, cast to their dtype and device.
 
     Raises:
-        ValueError: a name or a shape that is missing, unknown or different; the message names it.
+        ValueError: a name or a shape that is missing, unknown or different, and nothing has been copied; or a file is
+            damaged. The message names it.
     """
+    paths = list(files)
     missing = set(tensors)
-    for path in files:
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
-                target = tensors.get(name)
-                shape = tuple(file.get_slice(name).get_shape())
-                if target is None or tuple(target.shape) != shape:
-                    have = "is not in this model" if target is None else f"is {tuple(target.shape)} in this model"
-                    raise ValueError(f"{path} holds {name} {shape}, which {have}; it belongs to another model")
-                target.copy_(file.get_tensor(name))
-                missing.discard(name)
+    for path in paths:
+        missing -= tensorfile.check(path, tensors)
     if missing:
         raise ValueError(
             f"{len(missing)} tensors have no saved value, e.g. {min(missing)}; it belongs to another model"
         )
+    for path in paths:
+        tensorfile.read_into(path, tensors)
 
 
 def model_files(folder: Path) -> list[Path]:
@@ -183,18 +191,6 @@ def load_optimizer(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]
                 put(full_name, file.get_tensor(full_name).to(device, copy=True))
     optimizer.state.clear()
     optimizer.state.update(restored)
-
-
-def _shards(tensors: Mapping[str, Tensor], shard_bytes: int) -> Iterator[dict[str, Tensor]]:
-    shard: dict[str, Tensor] = {}
-    size = 0
-    for name, tensor in tensors.items():
-        if shard and size + tensor.nbytes > shard_bytes:
-            yield shard
-            shard, size = {}, 0
-        shard[name] = tensor
-        size += tensor.nbytes
-    yield shard
 
 
 def _hidden(folder: Path, suffix: str) -> Path:
