@@ -1,0 +1,397 @@
+"""A transformer whose weights live in host memory and visit the device one block at a time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from leapalign.engine.activations import Staging
+from leapalign.engine.arena import HostArena
+from leapalign.engine.autograd import EvaluationNode
+from leapalign.engine.backbones import Backbone, backbone_of
+from leapalign.engine.backward import Backward
+from leapalign.engine.checkpoint import model_files
+from leapalign.engine.evaluation import Evaluation, Leg, ModulationRows, Modulations, Record, batch_size
+from leapalign.engine.gradients import Gradients, Sink
+from leapalign.engine.hoisting import HoistedBackward, hoist
+from leapalign.engine.passes import Parts, forward
+from leapalign.engine.plan import MemoryPlan
+from leapalign.engine.store import BlockStore
+from leapalign.engine.streamer import Streamer
+from leapalign.engine.units import adopt, modulation_unit, one_dtype, saved_buffers, stages_of, units_of
+from leapalign.engine.weights import Weights
+
+__all__ = ["Leg", "ModulationRows", "Modulations", "Record", "StreamedModel"]
+
+
+class StreamedModel(nn.Module):
+    """A drop-in for a diffusers transformer that keeps nothing model-sized on the device.
+
+    The wrapped module's parameters become views of one host allocation; they stay the same objects under the same
+    names, so an optimizer on the host, `state_dict` and `save_pretrained` work as before. Everything that is not
+    defined here is the wrapped module's (`config`, `dtype`, ...). Dropout is off.
+
+    Called like the transformer it returns what the transformer returns. In grad mode the output carries one autograd
+    node: `loss(model(...)).backward()` leaves gradients in `parameter.grad`, on the host and in the parameter's dtype,
+    and input gradients where inputs require them. Hooks on parameters are not called.
+
+    A trainer that knows its cotangents uses `evaluate`, `vjp` and `hoist` instead, which also choose what is kept.
+    """
+
+    def __init__(
+        self,
+        transformer: nn.Module | Backbone,
+        plan: MemoryPlan | None = None,
+        *,
+        device: torch.device | str | None = None,
+        delay: Callable[[str], float] | None = None,
+        arena: Callable[[Mapping[str, int]], Mapping[str, Tensor]] = HostArena,
+    ) -> None:
+        """
+        Args:
+            transformer: FluxTransformer2DModel, SD3Transformer2DModel, or a `SequentialBackbone` around any model. Its
+                weights are moved to host memory, all of one floating dtype.
+            plan: what is where; by default everything is streamed.
+            device: where blocks are computed; None: the GPU if there is one, else the CPU. A backbone brings its own.
+            delay: seconds by which host threads delay each copy, for tests of the order.
+            arena: makes the host memory.
+
+        Raises:
+            ValueError: a model of another kind or of several dtypes.
+        """
+        super().__init__()
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        plan = plan or MemoryPlan()
+        if isinstance(transformer, nn.Module):
+            backbone = backbone_of(transformer, hoist=plan.hoist, device=device)
+        else:
+            backbone, device = transformer, transformer.device
+        module = backbone.module
+        self.__dict__["module"] = module  # not a submodule: its parameters keep their names
+        self.plan, self.device, self.backbone = plan, device, backbone
+        self.timestep_scale = backbone.timestep_scale
+        units, unit_of = units_of(backbone)
+        self.store = BlockStore(units, one_dtype(module), arena=arena)
+        self._parameters_of_unit = adopt(module, self.store)
+        self._streamer = Streamer(device, delay=delay)
+        hoisted = {modulation_unit(stage) for stage in stages_of(backbone) if stage.modulation}
+        resident = [unit.name for unit in units if unit.name not in hoisted] if plan.resident == "all" else []
+        weights = Weights(self.store, self._streamer, resident=resident, slots=plan.slots, version=self._unit_version)
+        largest = max(unit.numel for unit in units)
+        self._parts = Parts(
+            backbone=backbone,
+            plan=plan,
+            store=self.store,
+            weights=weights,
+            gradients=Gradients(self.store, self._streamer, weights, largest),
+            staging=Staging(self._streamer),
+            device=device,
+            unit_of=unit_of,
+            trainable=self._trainable,
+        )
+        self._factors: dict[str, list[tuple[Tensor, Tensor]]] = {}  # held gradients of modulation linears
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: Path | str,
+        plan: MemoryPlan | None = None,
+        *,
+        dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | str | None = None,
+    ) -> StreamedModel:
+        """Read a transformer folder of a diffusers pipeline; its weights go straight into the host arena.
+
+        Args:
+            folder: holds config.json and safetensors files, in shards or not.
+            dtype: of the weights in memory.
+
+        Raises:
+            ValueError: no such folder, another class of model, or files that do not belong to it.
+        """
+        import diffusers
+
+        folder = Path(folder)
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"{folder} has no config.json: name the transformer folder of a diffusers pipeline")
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        kind = getattr(diffusers, str(config.get("_class_name")), None)
+        if kind is None:
+            raise ValueError(f"{folder} holds a {config.get('_class_name')}, which diffusers does not know")
+        files = model_files(folder)
+        if not files:
+            raise ValueError(f"{folder} has no diffusion_pytorch_model*.safetensors: download or convert the weights")
+        with torch.device("meta"), _default_dtype(dtype):
+            module = kind.from_config(config)
+        buffers = saved_buffers(module, files)  # before the stages are made: they take copies
+        model = cls(module, plan, device=device)
+        model.store.load(files, buffers=buffers)
+        return model
+
+    # ---- the transformer's own call --------------------------------------------------------------------------------
+
+    def forward(self, *, return_dict: bool = True, **inputs: Any) -> Any:
+        """The transformer's forward by keyword arguments; see the class.
+
+        Args:
+            return_dict: as in diffusers: an output object with `sample`, or a tuple. The result of a
+                `SequentialBackbone`'s head is returned as it is.
+            inputs: tensors on any device; the result is on that of the first one with one row a sample.
+
+        Raises:
+            ValueError: an argument that the streamed model does not support; the message names it.
+        """
+        given = self.backbone.check_inputs(inputs)
+        output: Tensor
+        if torch.is_grad_enabled():
+            names = [name for name, value in given.items() if isinstance(value, Tensor) and value.requires_grad]
+            trains = any(parameter.requires_grad for parameter in self.parameters())
+            if names or trains:
+                anchor = torch.zeros((), requires_grad=trains)  # makes a node even if no input requires grad
+                output = EvaluationNode.apply(anchor, self, given, tuple(names), *(given[name] for name in names))
+            else:
+                output = self.evaluate(given)
+        else:
+            output = self.evaluate(given)
+        return self.backbone.output(output, return_dict)
+
+    # ---- evaluations and products ----------------------------------------------------------------------------------
+
+    def hoist(self, inputs: Mapping[str, Tensor]) -> Modulations | None:
+        """Modulation vectors of all blocks for N rows, e.g. every sample at every noise level of a step.
+
+        Valid while the weights do not change. None if there is nothing to hoist.
+
+        Args:
+            inputs: the inputs that modulation depends on, N rows each (FLUX: timestep, pooled_projections, guidance);
+                others are ignored.
+        """
+        if self.backbone.condition is None or not any(stage.modulation for stage in stages_of(self.backbone)):
+            return None
+        given = {name: inputs[name] for name in self.backbone.condition_inputs if inputs.get(name) is not None}
+        missing = [name for name in self.backbone.condition_inputs if name not in given]
+        if missing:
+            raise ValueError(f"hoist: {missing[0]} is missing; give {', '.join(self.backbone.condition_inputs)}")
+        with self._own_dtype():
+            return hoist(self._parts, given)
+
+    @torch.no_grad()
+    def evaluate(
+        self,
+        inputs: Mapping[str, Any],
+        *,
+        modulations: ModulationRows | None = None,
+        record: Record | None = None,
+        record_rows: Sequence[tuple[int, int]] = (),
+    ) -> Tensor:
+        """The output (B, ...) without grad, on the device of the first batched input.
+
+        Args:
+            inputs: the transformer's keyword arguments for B samples.
+            modulations: the samples' rows of `hoist`; None: evaluated here, which streams the modulation weights.
+            record: keeps block inputs of some of the samples.
+            record_rows: (row of this batch, row of the record) of those samples.
+        """
+        with self._own_dtype():
+            evaluation = self._evaluation(inputs, modulations, record, record_rows)
+            try:
+                (output,) = forward(self._parts, [evaluation])
+            finally:
+                self._release(evaluation, modulations)
+        self._parts.weights.settle()
+        return output.to(_home(inputs))
+
+    def record(self, rows: int) -> Record:
+        """An empty record for the block inputs of `rows` samples, where the plan places it."""
+        plan = self.plan
+        return Record(self._parts.staging, plan.block_inputs, rows, plan.every, len(self.backbone.blocks))
+
+    def vjp(
+        self,
+        legs: Sequence[Leg],
+        *,
+        params: Literal["none", "accumulate", "deliver"] = "none",
+        sink: Sink | None = None,
+    ) -> list[dict[str, Tensor]]:
+        """Vector-Jacobian products (dv/dtheta)^T c, summed over the legs, and (dv/dinput)^T c of each leg.
+
+        All legs go through a block together, while its weights are on the device.
+
+        Args:
+            params: "none": input gradients only. "accumulate": weight gradients are added to sums held on the host in
+                the weights' dtype (modulation linears: as factors). "deliver": each unit's finished gradient, the held
+                sum included, goes to the sink, which may then change the unit's weights.
+            sink: for "deliver".
+
+        Returns:
+            For each leg {name: gradient} of its `input_grads`, in the input's dtype, on the cotangent's device.
+
+        Raises:
+            ValueError: a sink without "deliver", or "deliver" without a sink.
+        """
+        if (params == "deliver") != (sink is not None):
+            raise ValueError(f"params={params!r} with sink={sink!r}: give a sink for 'deliver', and only then")
+        return self.products(legs, params, "held", sink)
+
+    def gradient_sums(self, kind: str) -> set[str]:
+        """The units that have a sum of this kind in the store; the set that the engine itself reads and changes."""
+        return self._parts.gradients.filled.setdefault(kind, set())
+
+    def discard_held(self) -> None:
+        """Forget held gradients that were accumulated and never delivered."""
+        self._parts.gradients.filled.pop("held", None)
+        self._factors.clear()
+
+    def close(self) -> None:
+        """End the copy threads and free device memory. The wrapped module goes on working on the host."""
+        self._streamer.close()
+
+    def products(self, legs: Sequence[Leg], params: str, kind: str, sink: Sink | None) -> list[dict[str, Tensor]]:
+        """`vjp` with weight gradients summed under a kind's name in the store ("held"; "grad": `parameter.grad`)."""
+        with self._own_dtype():
+            return self._products(legs, params, kind, sink)
+
+    def _products(self, legs: Sequence[Leg], params: str, kind: str, sink: Sink | None) -> list[dict[str, Tensor]]:
+        parts = self._parts
+        evaluations = []
+        for leg in legs:
+            rows = leg.record_rows if leg.record_rows is not None else range(batch_size(leg.inputs))
+            kept = list(enumerate(rows))
+            evaluations.append(self._evaluation(leg.inputs, leg.modulations, leg.record, kept))
+        fresh = [number for number, leg in enumerate(legs) if leg.record is None]
+        for number in fresh:
+            evaluation = evaluations[number]
+            legs[number].record = evaluation.record = self.record(evaluation.size)
+            evaluation.kept = [(row, row) for row in range(evaluation.size)]
+        if fresh:
+            forward(parts, [evaluations[number] for number in fresh], head=False)
+        backward = Backward(parts, list(zip(legs, evaluations, strict=True)), params, kind, sink)
+        try:
+            found = backward.run()
+            HoistedBackward(backward, self._factors).run()
+            if params == "deliver" and sink is not None:
+                self._deliver_unused(backward, sink)
+            parts.gradients.flush()
+            parts.weights.settle()
+            if params == "accumulate":
+                parts.gradients.settle(kind)
+        finally:
+            parts.gradients.cancel()
+            for leg, evaluation in zip(legs, evaluations, strict=True):
+                self._release(evaluation, leg.modulations)
+        return found
+
+    def _deliver_unused(self, backward: Backward, sink: Sink) -> None:
+        """Zero gradients of the parameters that no stage uses."""
+        for unit in self.store.units:
+            if unit not in backward.left and (names := self._trainable(unit)):
+                with self._parts.gradients.sum(unit, carry="held"):
+                    pass
+                self._parts.gradients.deliver(unit, names, sink)
+
+    def _evaluation(
+        self,
+        inputs: Mapping[str, Any],
+        modulations: ModulationRows | None,
+        record: Record | None,
+        kept: Sequence[tuple[int, int]],
+    ) -> Evaluation:
+        given = self.backbone.check_inputs(inputs)
+        size = batch_size(given)
+        if modulations is None:
+            own = self.hoist(given)
+            modulations = own.rows(range(size)) if own is not None else None
+        constants = self.backbone.constants(given)
+        return Evaluation(given, size, constants, self.plan.microbatch, modulations, record=record, kept=kept)
+
+    def _own_dtype(self) -> AbstractContextManager[Any]:
+        """Autocast off: blocks are recomputed in the backward pass, which must be the same arithmetic."""
+        return nullcontext() if self.device.type == "meta" else torch.autocast(self.device.type, enabled=False)
+
+    @staticmethod
+    def _release(evaluation: Evaluation, given: ModulationRows | None) -> None:
+        """Give back the modulations that were made for one evaluation alone."""
+        if given is None and evaluation.modulations is not None:
+            evaluation.modulations.source.drop()
+
+    # ---- the wrapped module ----------------------------------------------------------------------------------------
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        yield from self.module.named_parameters(*args, **kwargs)
+
+    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
+        yield from self.module.named_modules(*args, **kwargs)
+
+    def named_buffers(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Tensor]]:
+        yield from self.module.named_buffers(*args, **kwargs)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Copies into the store; `assign` would take the parameters out of it."""
+        if assign:
+            raise ValueError("assign=True would take the weights out of the streamed store; use assign=False")
+        return self.module.load_state_dict(state_dict, strict=strict)
+
+    def train(self, mode: bool = True) -> StreamedModel:
+        self.training = mode
+        self.module.train(mode)
+        return self
+
+    def to(self, *args: Any, **kwargs: Any) -> StreamedModel:
+        """Stays where it is: weights on the host, computation on `device`.
+
+        Raises:
+            ValueError: another dtype; convert the transformer before it is wrapped.
+        """
+        _, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
+        if dtype is not None and dtype != self.store.dtype:
+            raise ValueError(
+                f"dtype={dtype}: this model streams {self.store.dtype}; convert the transformer, then wrap"
+            )
+        return self
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        raise ValueError("the weights of a streamed model stay in its store; convert the transformer, then wrap it")
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "module" not in self.__dict__:
+                raise
+            return getattr(self.__dict__["module"], name)
+
+    def _trainable(self, unit: str) -> tuple[str, ...]:
+        names = self.store.units[unit].shapes
+        parameters = self._parameters_of_unit[unit]
+        return tuple(name for name, parameter in zip(names, parameters, strict=True) if parameter.requires_grad)
+
+    def _unit_version(self, unit: str) -> int:
+        return sum(parameter._version for parameter in self._parameters_of_unit[unit])
+
+    def weights_version(self) -> int:
+        """Grows with every in-place change of any weight, optimizers' updates included."""
+        return sum(self._unit_version(unit) for unit in self.store.units)
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _home(inputs: Mapping[str, Any]) -> torch.device:
+    """Where results go: the device of the first batched input."""
+    return next(v.device for v in inputs.values() if isinstance(v, Tensor) and v.ndim > 0)
