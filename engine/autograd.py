@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from leapalign.engine.evaluation import Leg, batch_size
 
@@ -83,3 +86,21 @@ def _add_to_grad(model: StreamedModel, leg: Leg) -> dict[str, Tensor]:
             if name in trained:
                 trained[name].grad = view
     return found
+
+
+def count_steps(model: StreamedModel) -> Callable[[], None]:
+    """Refresh the model after every step of an optimizer that has one of its parameters; returns what ends that.
+
+    The fused optimizers change weights without their version counters.
+    """
+    ours = {id(parameter) for parameter in model.module.parameters()}
+    reference = weakref.ref(model)
+
+    def stepped(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        streamed = reference()
+        if streamed is not None and any(
+            id(parameter) in ours for group in optimizer.param_groups for parameter in group["params"]
+        ):
+            streamed.refresh()
+
+    return register_optimizer_step_post_hook(stepped).remove

@@ -92,14 +92,18 @@ class BlockStore:
         self._dtypes: dict[str, torch.dtype] = {}
         self.allocate("weights", dtype)
 
-    def allocate(self, kind: str, dtype: torch.dtype) -> None:
+    def allocate(self, kind: str, dtype: torch.dtype, *, per: int = 1) -> None:
         """Make a zero region of `dtype` for every unit; nothing if the kind is there already with this dtype.
+
+        Args:
+            per: elements of the unit for one of the region, a divisor of 256: 256 for the scales of quantised blocks.
 
         Raises:
             ValueError: it is there with another dtype.
         """
+        assert ALIGNMENT % per == 0, f"{per} does not divide {ALIGNMENT}"
         if not self.holds(kind):
-            sizes = {unit.name: unit.numel * dtype.itemsize for unit in self.units.values()}
+            sizes = {unit.name: unit.numel // per * dtype.itemsize for unit in self.units.values()}
             self._arenas[kind] = self._make_arena(sizes)
             self._dtypes[kind] = dtype
         elif self._dtypes[kind] != dtype:
@@ -117,7 +121,7 @@ class BlockStore:
             arena.close()
 
     def region(self, unit: str, kind: str = "weights") -> Tensor:
-        """(units[unit].numel,) host tensor in the kind's dtype, padding included."""
+        """(units[unit].numel,) host tensor in the kind's dtype, padding included; (numel / per,) if made with `per`."""
         return self._arenas[kind][unit].view(self._dtypes[kind])
 
     def views(self, unit: str, kind: str = "weights") -> dict[str, Tensor]:

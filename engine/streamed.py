@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from leapalign.engine.activations import Staging
 from leapalign.engine.arena import HostArena
-from leapalign.engine.autograd import EvaluationNode
+from leapalign.engine.autograd import EvaluationNode, count_steps
 from leapalign.engine.backbones import Backbone, backbone_of
 from leapalign.engine.backward import Backward
 from leapalign.engine.checkpoint import model_files
@@ -82,6 +83,8 @@ class StreamedModel(nn.Module):
         self._streamer = Streamer(device, delay=delay)
         hoisted = {modulation_unit(stage) for stage in stages_of(backbone) if stage.modulation}
         resident = [unit.name for unit in units if unit.name not in hoisted] if plan.resident == "all" else []
+        self._changes = 0
+        self._unhook = weakref.finalize(self, count_steps(self))
         weights = Weights(self.store, self._streamer, resident=resident, slots=plan.slots, version=self._unit_version)
         largest = max(unit.numel for unit in units)
         self._parts = Parts(
@@ -248,8 +251,16 @@ class StreamedModel(nn.Module):
         self._parts.gradients.filled.pop("held", None)
         self._factors.clear()
 
+    def refresh(self) -> None:
+        """Take the host's weights anew. Needed after changes that torch does not count: through `.data`, or numpy.
+
+        Operations on the parameters themselves and steps of torch optimizers are noticed without it.
+        """
+        self._changes += 1
+
     def close(self) -> None:
         """End the copy threads and free device memory. The wrapped module goes on working on the host."""
+        self._unhook()
         self._streamer.close()
 
     def products(self, legs: Sequence[Leg], params: str, kind: str, sink: Sink | None) -> list[dict[str, Tensor]]:
@@ -375,7 +386,7 @@ class StreamedModel(nn.Module):
         return tuple(name for name, parameter in zip(names, parameters, strict=True) if parameter.requires_grad)
 
     def _unit_version(self, unit: str) -> int:
-        return sum(parameter._version for parameter in self._parameters_of_unit[unit])
+        return self._changes + sum(parameter._version for parameter in self._parameters_of_unit[unit])
 
     def weights_version(self) -> int:
         """Grows with every in-place change of any weight, optimizers' updates included."""

@@ -11,18 +11,20 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from leapalign.draws import random_pairs
+from leapalign.engine.streamed import StreamedModel
 from leapalign.engine.velocity import evaluation_mode, is_batched, microbatches, select
 from leapalign.engine.vjp import ensure_grads, trainable, velocity_vjp
 from leapalign.rollout import Trajectory, rollout
 from leapalign.surrogates import LeapAlign, Surrogate, leapalign2, per_sample
 
 Reward = Callable[[Tensor], Tensor]
+Executor = Literal["autograd", "reference", "streamed-paired", "streamed-held"]
 
 NOT_DIFFERENTIABLE = "reward is not differentiable: compute it from the latents given, without no_grad or detach"
 
@@ -72,8 +74,9 @@ def alignment_gradients(
     *,
     pairs: Tensor | None = None,
     generator: torch.Generator | None = None,
-    executor: Literal["autograd", "reference"] = "autograd",
+    executor: Executor = "autograd",
     microbatch: int | None = None,
+    keep_block_inputs: bool = True,
 ) -> GradientResult:
     """Gradient of the LeapAlign loss for all trainable parameters, one batch (arXiv 2604.15311, Algorithm 1).
 
@@ -82,7 +85,8 @@ def alignment_gradients(
 
     Args:
         transformer: a FluxTransformer2DModel, an SD3Transformer2DModel, or a module of the same call signature that
-            names its `timestep_scale`.
+            names its `timestep_scale`. For the streamed executors a StreamedModel, whose plan says what is where; a
+            FLUX or SD3 transformer on the CPU is made one for this call, which copies its weights.
         conditioning: the transformer's own keyword arguments (encoder_hidden_states, pooled_projections, guidance,
             txt_ids, img_ids): batched tensors have B rows; the two position ids have no batch dimension.
         noise: (B, ...) latents at sigmas[0]. Latents are kept in this dtype, and in float32 at least.
@@ -93,31 +97,51 @@ def alignment_gradients(
         pairs: (B, 2) integer step indices into the rollout, k_index < j_index < T. None: drawn uniformly.
         generator: draws the pairs where `pairs` is None; None for a fresh one seeded 0.
         executor: "autograd" runs the decoupled phases; "reference" one graph through both leaps and the reward, the
-            paper's algorithm literally (an oracle for small models).
+            paper's algorithm literally (an oracle for small models). With the streamed ones the weights stay in host
+            memory, and so do the gradients returned: "streamed-paired" runs the second leap once more for its input
+            gradient, "streamed-held" keeps its weight gradients on the host, in the weights' dtype.
         microbatch: samples in one transformer call (decoupled executor: and in one graph); None for the whole batch.
+            A StreamedModel splits the batch as its own plan says, and this is for the reward alone.
+        keep_block_inputs: streamed executors: keep the block inputs of the two evaluations from the rollout, 0.5 GiB a
+            sample and leap of FLUX.1-dev at 512 x 512, instead of running the forward pass again.
 
     Raises:
         ValueError: an argument of the wrong shape, range or kind, or a reward that is not differentiable.
         FloatingPointError: a reward or its gradient is not finite; the message names the samples.
     """
     noise = noise.detach().to(torch.promote_types(noise.dtype, torch.float32))
-    num_steps = _check_inputs(conditioning, noise, sigmas, executor, microbatch)
+    num_steps = _check_inputs(transformer, conditioning, noise, sigmas, executor, microbatch)
     pairs = _resolve_pairs(pairs, generator, noise.shape[0], num_steps).to(noise.device)
+    if executor == "streamed-paired" or executor == "streamed-held":
+        from leapalign.streamed import streamed_gradients  # it needs this module's result type
+
+        return streamed_gradients(
+            transformer,
+            conditioning,
+            noise,
+            sigmas,
+            reward,
+            method,
+            pairs,
+            mode="paired" if executor == "streamed-paired" else "held",
+            microbatch=microbatch,
+            keep_block_inputs=keep_block_inputs,
+        )
     seconds: dict[str, float] = {}
     with evaluation_mode(transformer):
-        with _timed(seconds, "rollout", noise.device):
+        with timed(seconds, "rollout", noise.device):
             trajectory = rollout(transformer, conditioning, noise, sigmas, keep=pairs, microbatch=microbatch)
         if executor == "reference":
             from leapalign.reference import reference_gradients  # it needs this module's result type
 
-            with _timed(seconds, "graph", noise.device):
+            with timed(seconds, "graph", noise.device):
                 return reference_gradients(transformer, conditioning, trajectory, reward, method, pairs, seconds)
         surrogate = leapalign2(trajectory, pairs, method)
-        with _timed(seconds, "reward", noise.device):
+        with timed(seconds, "reward", noise.device):
             rewards, loss, g = reward_gradient(
                 reward, trajectory.final, surrogate.weights, method.threshold, microbatch=microbatch
             )
-        with _timed(seconds, "vjp", noise.device):
+        with timed(seconds, "vjp", noise.device):
             grads = surrogate_gradients(transformer, conditioning, trajectory, surrogate, g, microbatch=microbatch)
     return GradientResult(
         loss, rewards, surrogate.weights, surrogate.d_j, surrogate.d_0, grads, pairs=pairs, seconds=seconds
@@ -224,11 +248,20 @@ def surrogate_gradients(
 
 
 def _check_inputs(
-    conditioning: Mapping[str, Any], noise: Tensor, sigmas: Tensor, executor: str, microbatch: int | None
+    transformer: nn.Module,
+    conditioning: Mapping[str, Any],
+    noise: Tensor,
+    sigmas: Tensor,
+    executor: str,
+    microbatch: int | None,
 ) -> int:
     """Refuse what cannot be meant; returns the number of rollout steps."""
-    if executor not in ("autograd", "reference"):
-        raise ValueError(f"executor={executor!r}: choose 'autograd' or 'reference'")
+    if executor not in get_args(Executor):
+        raise ValueError(f"executor={executor!r}: choose one of {', '.join(get_args(Executor))}")
+    if isinstance(transformer, StreamedModel) and not executor.startswith("streamed"):
+        raise ValueError(
+            f"executor={executor!r} needs all weights in a graph: give a StreamedModel streamed-paired or streamed-held"
+        )
     if microbatch is not None and microbatch < 1:
         raise ValueError(f"microbatch={microbatch} must be at least 1, or None for the whole batch")
     if noise.ndim < 2 or noise.shape[0] < 1:
@@ -266,7 +299,8 @@ def _resolve_pairs(pairs: Tensor | None, generator: torch.Generator | None, batc
 
 
 @contextmanager
-def _timed(seconds: dict[str, float], phase: str, device: torch.device) -> Iterator[None]:
+def timed(seconds: dict[str, float], phase: str, device: torch.device) -> Iterator[None]:
+    """Put the block's wall-clock seconds into `seconds`, the device synchronised at both ends."""
     _synchronize(device)
     start = time.perf_counter()
     yield

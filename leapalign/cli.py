@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         _complain(
             f"out of device memory: {error}; lower --microbatch or --resolution, "
-            "set --gradient_checkpointing, or use a card with more memory"
+            "set --gradient_checkpointing or --executor streamed, or use a card with more memory"
         )
         return FAILED
 

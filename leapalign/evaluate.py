@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,16 +11,18 @@ from typing import Any, Protocol
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from leapalign.draws import draw_noise
+from leapalign.engine.streamed import StreamedModel
 from leapalign.engine.velocity import microbatches
 from leapalign.keys import AlignConfig
 from leapalign.metrics import Estimate, by_category, check_scenes, entropy_bits, estimate, is_scene
-from leapalign.pipeline import FlowPipeline, load_pipeline, resolve_device
+from leapalign.pipeline import FlowPipeline, configured_pipeline
 from leapalign.prompts import Prompt
 from leapalign.rewards import RewardModel, load_reward
 from leapalign.rollout import rollout
+from leapalign.streamed import streamed_rollout
 
 SHOWN = 12  # pictures kept to look at
 
@@ -58,9 +60,18 @@ def generate(
     pictures = []
     for rows in microbatches(len(prompts), microbatch):
         conditioning = pipeline.conditioning(store.batch(prompts[rows]), resolution, guidance_scale)
-        latents = rollout(pipeline.transformer, conditioning, noise[rows].to(pipeline.device), sigmas).final
+        latents = _sample(pipeline.transformer, conditioning, noise[rows].to(pipeline.device), sigmas)
         pictures.append(pipeline.decode(latents).float().cpu())
     return torch.cat(pictures)
+
+
+def _sample(transformer: nn.Module, conditioning: Mapping[str, Any], noise: Tensor, sigmas: Tensor) -> Tensor:
+    """(B, ...) image latents; a streamed model's modulation is evaluated once for all steps."""
+    if not isinstance(transformer, StreamedModel):
+        return rollout(transformer, conditioning, noise, sigmas).final
+    rolled = streamed_rollout(transformer, conditioning, noise, sigmas)
+    rolled.drop()
+    return rolled.trajectory.final
 
 
 @dataclass(frozen=True)
@@ -223,12 +234,7 @@ def evaluate_command(
     from leapalign.sampling import prompt_store  # it samples by this module's `generate`
 
     store = prompt_store(config, [prompt.text for prompt in prompts])
-    pipeline = load_pipeline(
-        config.pretrained_model_name_or_path,
-        device=resolve_device(config.device),
-        transformer=transformer,
-        mixed_precision=config.mixed_precision,
-    )
+    pipeline = configured_pipeline(config, transformer)
     result = evaluate(pipeline, store, prompts, reward or load_reward(config), config)
     return {**result.as_dict(), "table": table(result)}
 

@@ -45,8 +45,10 @@ class ModelKeys(_Section):
     """bf16 evaluates the models in bfloat16; the trained weights stay float32 either way."""
     gradient_checkpointing: bool = False
     """Recompute the transformer's blocks in backward: less memory, a third more arithmetic."""
-    executor: Literal["autograd"] = "autograd"
-    """How the vector-Jacobian products are computed: autograd holds model, gradients and AdamW states on the device."""
+    executor: Literal["autograd", "streamed"] = "autograd"
+    """autograd holds weights, gradients and AdamW states on the device; streamed in host memory, a block at a time."""
+    streamed_mode: Literal["paired", "held"] = "paired"
+    """How streamed uses a weight twice: paired runs the later leap once more; held keeps its gradients on the host."""
 
 
 class DataKeys(_Section):
@@ -208,6 +210,13 @@ class AlignConfig(ValidationKeys, OutputKeys, OptimizerKeys, MethodKeys, DataKey
                 f"microbatch = {self.microbatch} exceeds train_batch_size = {self.train_batch_size}; "
                 f"lower microbatch to {self.train_batch_size} or leave it out"
             )
+        if self.executor == "streamed":
+            self._can_be_streamed()
+        elif self.streamed_mode != "paired":
+            raise ValueError(
+                f"streamed_mode = {self.streamed_mode} has no effect with executor = {self.executor}; "
+                "use executor streamed, or leave streamed_mode out"
+            )
         if self.lr_warmup_steps and self.lr_scheduler == "constant":
             raise ValueError(
                 f"lr_warmup_steps = {self.lr_warmup_steps} has no effect with lr_scheduler = constant; "
@@ -219,6 +228,15 @@ class AlignConfig(ValidationKeys, OutputKeys, OptimizerKeys, MethodKeys, DataKey
                 "which is packaged; leave it out, or use reward pickscore or clipscore"
             )
         return self
+
+    def _can_be_streamed(self) -> None:
+        if self.mixed_precision != "no":
+            raise ValueError(
+                f"mixed_precision = {self.mixed_precision} does not go with executor = streamed, which computes in the "
+                "dtype of the weights, float32; use mixed_precision no"
+            )
+        if self.device == "mps":
+            raise ValueError(f"device = {self.device} does not go with executor = streamed; use cuda or cpu")
 
 
 @functools.cache

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 
     from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 
+    from leapalign.engine.plan import MemoryPlan
+    from leapalign.engine.streamed import StreamedModel
+    from leapalign.keys import AlignConfig
+
 _HUB_ID = r"[A-Za-z0-9][\w.-]*/[\w.-]+"
 
 
@@ -69,21 +73,22 @@ class FlowPipeline:
 
     Attributes:
         transformer: float32 weights that require grad; in eval mode (no dropout, so that a second evaluation is the
-            rollout's own).
+            rollout's own). A StreamedModel has them in host memory and computes on the device.
         vae: frozen, in eval mode, in its own dtype.
         scheduler: gives the sigmas; its stepping is not used.
         source: folder or hub id the pipeline came from.
     """
 
-    transformer: FluxTransformer2DModel
+    transformer: FluxTransformer2DModel | StreamedModel
     vae: AutoencoderKL
     scheduler: FlowMatchEulerDiscreteScheduler
     source: Path | str
 
     @property
     def device(self) -> torch.device:
-        """Where the transformer is."""
-        return self.transformer.device
+        """Where the transformer computes."""
+        device: torch.device = self.transformer.device
+        return device
 
     @property
     def parameters(self) -> dict[str, torch.nn.Parameter]:
@@ -153,6 +158,7 @@ def load_pipeline(
     transformer: str | Path | None = None,
     mixed_precision: str = "no",
     vae_dtype: torch.dtype = torch.float32,
+    plan: MemoryPlan | None = None,
 ) -> FlowPipeline:
     """Load transformer, VAE and scheduler of a FLUX pipeline; the text encoders stay on the disk.
 
@@ -163,6 +169,7 @@ def load_pipeline(
         transformer: a transformer folder to take instead of the pipeline's own.
         mixed_precision: "bf16" evaluates the transformer under bfloat16 autocast; "no" in float32.
         vae_dtype: float32 keeps the reward's gradient exact; FLUX.1's VAE is small beside the transformer.
+        plan: makes the transformer a StreamedModel with its weights in host memory; `device` is where it computes.
 
     Raises:
         UsageError: the model does not exist or cannot be loaded.
@@ -171,7 +178,10 @@ def load_pipeline(
 
     source = resolve_model(name)
     try:
-        if transformer is None:
+        if plan is not None:
+            assert mixed_precision == "no", "a streamed model computes in its weights' dtype"
+            model = _streamed(source, transformer, plan, torch.device(device))
+        elif transformer is None:
             model = FluxTransformer2DModel.from_pretrained(source, subfolder="transformer", torch_dtype=torch.float32)
         else:
             model = FluxTransformer2DModel.from_pretrained(transformer, torch_dtype=torch.float32)
@@ -180,12 +190,48 @@ def load_pipeline(
     except OSError as error:
         reason = str(error).strip().partition("\n")[0]
         raise UsageError(f"pretrained_model_name_or_path = '{name}' could not be loaded: {reason}") from error
-    _own_memory(model)
-    model.to(device).eval().requires_grad_(True)
+    if plan is None:
+        _own_memory(model)
+        model.to(device)
+    model.eval().requires_grad_(True)
     vae.to(device).eval().requires_grad_(False)
     if mixed_precision == "bf16":
         _autocast(model)
     return FlowPipeline(model, vae, scheduler, source)
+
+
+def configured_pipeline(config: AlignConfig, transformer: str | Path | None = None) -> FlowPipeline:
+    """`load_pipeline` as the run's config says: model, device, precision and executor.
+
+    Args:
+        transformer: a transformer folder to take instead of the pipeline's own.
+    """
+    from leapalign.engine.plan import MemoryPlan
+
+    return load_pipeline(
+        config.pretrained_model_name_or_path,
+        device=resolve_device(config.device),
+        transformer=transformer,
+        mixed_precision=config.mixed_precision,
+        plan=MemoryPlan(microbatch=config.microbatch) if config.executor == "streamed" else None,
+    )
+
+
+def _streamed(
+    source: Path | str, transformer: str | Path | None, plan: MemoryPlan, device: torch.device
+) -> StreamedModel:
+    """The transformer with its weights read from the files straight into the engine's host memory."""
+    from leapalign.engine.streamed import StreamedModel
+
+    if transformer is not None:
+        folder = Path(transformer)
+    elif isinstance(source, Path):
+        folder = source / "transformer"
+    else:
+        from huggingface_hub import snapshot_download
+
+        folder = Path(snapshot_download(source, allow_patterns=["transformer/*"])) / "transformer"
+    return StreamedModel.from_pretrained(folder, plan, dtype=torch.float32, device=device)
 
 
 def _own_memory(model: torch.nn.Module) -> None:

@@ -13,7 +13,7 @@ from leapalign.embeddings import EmbeddingStore, embed_prompts
 from leapalign.evaluate import embedding_dtype, generate
 from leapalign.keys import AlignConfig
 from leapalign.pictures import GAP, PAPER, SMALLEST_TILE, tile, to_image
-from leapalign.pipeline import load_pipeline, resolve_device, resolve_model
+from leapalign.pipeline import configured_pipeline, resolve_device, resolve_model
 
 
 def prompt_store(config: AlignConfig, prompts: Sequence[str]) -> EmbeddingStore:
@@ -41,12 +41,7 @@ def sample_command(
         output: PNG file in a folder that exists; written whole or not at all.
     """
     store = prompt_store(config, prompts)
-    pipeline = load_pipeline(
-        config.pretrained_model_name_or_path,
-        device=resolve_device(config.device),
-        transformer=transformer,
-        mixed_precision=config.mixed_precision,
-    )
+    pipeline = configured_pipeline(config, transformer)
     noise = draw_noise(config.seed, 0, range(num_images), pipeline.latent_shape(config.resolution))
     pictures = generate(
         pipeline,

@@ -18,12 +18,14 @@ from leapalign.keys import AlignConfig, DataKeys, MethodKeys, OptimizerKeys
 if TYPE_CHECKING:
     from diffusers import FluxTransformer2DModel
 
+    from leapalign.engine.streamed import StreamedModel
+
 
 class TrainState:
     """The state of a run after `step` optimizer steps.
 
-    On the transformer's device, float32: 4 bytes a parameter for the weights, 8 for AdamW's moments, 4 for the average
-    if `use_ema`, and 4 for the gradients while `update` runs.
+    On the device of the transformer's weights (a StreamedModel's are in host memory), float32: 4 bytes a parameter for
+    the weights, 8 for AdamW's moments, 4 for the average if `use_ema`, and 4 for the gradients while `update` runs.
 
     Attributes:
         step: optimizer steps done, skipped ones included.
@@ -31,7 +33,7 @@ class TrainState:
         parameters: {name: parameter}.
     """
 
-    def __init__(self, transformer: FluxTransformer2DModel, config: AlignConfig) -> None:
+    def __init__(self, transformer: FluxTransformer2DModel | StreamedModel, config: AlignConfig) -> None:
         self.config = config
         self.transformer = transformer
         self.parameters: dict[str, torch.nn.Parameter] = dict(transformer.named_parameters())

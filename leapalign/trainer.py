@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from leapalign.alignment import GradientResult, alignment_gradients
+from leapalign.alignment import Executor, GradientResult, alignment_gradients
 from leapalign.config import AlignConfig, check_output_dir, save_config
 from leapalign.draws import draw_noise, draw_pairs, draw_prompts
 from leapalign.engine import checkpoint as checkpoints
@@ -19,7 +19,7 @@ from leapalign.errors import UsageError
 from leapalign.evaluate import Evaluation, table
 from leapalign.interruption import Interruption
 from leapalign.model_card import model_card
-from leapalign.pipeline import load_pipeline, resolve_device
+from leapalign.pipeline import configured_pipeline
 from leapalign.prompts import load_prompts
 from leapalign.rewards import LatentReward, RewardModel, load_reward
 from leapalign.sampling import prompt_store
@@ -29,6 +29,12 @@ from leapalign.tracking import Tracking
 from leapalign.validation import Validation
 
 MOST_SKIPPED = 10  # steps in a row without a finite gradient: the run is lost, and going on would hide it
+
+EXECUTORS: dict[tuple[str, str], Executor] = {
+    ("autograd", "paired"): "autograd",
+    ("streamed", "paired"): "streamed-paired",
+    ("streamed", "held"): "streamed-held",
+}  # (executor, streamed_mode)
 
 
 @dataclass(frozen=True)
@@ -179,7 +185,7 @@ class Trainer:
             LatentReward(pipeline, self.reward, texts),
             self.method,
             pairs=draw_pairs(config.seed, self.state.step, samples, config.num_inference_steps),
-            executor=config.executor,
+            executor=EXECUTORS[config.executor, config.streamed_mode],
             microbatch=config.microbatch,
         )
 
@@ -199,13 +205,9 @@ class Trainer:
         self.train_prompts = [prompt.text for prompt in load_prompts(config.train_prompts, key="train_prompts")]
         self.validation_prompts = load_prompts(validation, key="validation_prompts") if validation is not None else []
         self.store = prompt_store(config, [*self.train_prompts, *(prompt.text for prompt in self.validation_prompts)])
-        self.pipeline = load_pipeline(
-            config.pretrained_model_name_or_path,
-            device=resolve_device(config.device),
-            mixed_precision=config.mixed_precision,
-        )
+        self.pipeline = configured_pipeline(config)
         self.pipeline.latent_shape(config.resolution)  # refuses a resolution that the pipeline cannot make
-        if config.gradient_checkpointing:
+        if config.gradient_checkpointing and config.executor == "autograd":  # streamed always recomputes the blocks
             self.pipeline.transformer.enable_gradient_checkpointing()
         self.reward = self._given_reward or load_reward(config)
         self.state = TrainState(self.pipeline.transformer, config)

@@ -327,6 +327,51 @@ def test_accumulated_runs_end_with_the_same_weights(folder: Path, tmp_path: Path
     assert any(not torch.allclose(moved.parameters[n], w, atol=1e-4) for n, w in whole.parameters.items())
 
 
+# ---- the streamed executor -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["paired", "held"])
+def test_the_streamed_executor_makes_the_same_run(folder: Path, tmp_path: Path, mode: str) -> None:
+    def run(name: str, **changes: Any) -> tuple[Trainer, Outcome]:
+        # As in the test above: a step proportional to the gradients, so that their roundings stay what they are.
+        changes |= {"max_train_steps": 3, "adam_epsilon": 1.0, "learning_rate": 0.1, "validation_prompts": PROMPTS[:2]}
+        trainer = Trainer(tiny_config(folder, tmp_path / name, **changes), reward=ColourReward())
+        return trainer, trainer.run()
+
+    plain, expected = run("autograd")
+    streamed, found = run("streamed", executor="streamed", streamed_mode=mode, microbatch=2)
+    for ours, theirs in zip(rows(streamed), rows(plain), strict=True):
+        assert ours.keys() == theirs.keys()
+        assert ours["seconds"].keys() == theirs["seconds"].keys()
+        for key in ("reward", "loss", "d_j", "d_0", "active", "grad_norm"):
+            # float32 rewards and gradients agree to 2e-5, and so do the weights' small steps
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-4), key
+    for name, weight in plain.state.parameters.items():
+        bound = 3 * 0.1 * 2e-5 + 2**-22 * float(weight.detach().abs().max())
+        assert (streamed.state.parameters[name] - weight).abs().max() <= bound, name
+    for when in ("before", "after"):
+        ours, theirs = getattr(found.summary, when), getattr(expected.summary, when)
+        torch.testing.assert_close(ours.rewards, theirs.rewards, rtol=1e-4, atol=1e-5)
+    loaded = dict(FluxTransformer2DModel.from_pretrained(found.summary.result).named_parameters())
+    assert streamed.state.ema is not None
+    assert all(torch.equal(loaded[name], average) for name, average in streamed.state.ema.tensors.items())
+
+
+def test_a_streamed_run_that_was_stopped_ends_with_the_same_bits(folder: Path, tmp_path: Path) -> None:
+    changes = {"executor": "streamed", "microbatch": 2, "train_batch_size": 2, "gradient_accumulation_steps": 2}
+    whole = Trainer(tiny_config(folder, tmp_path / "whole", **changes), reward=ColourReward())
+    whole.run()
+    config = tiny_config(folder, tmp_path / "run", **changes)
+    stopped = Trainer(config, reward=AtCall(5, lambda _: signal.raise_signal(signal.SIGINT)))
+    assert stopped.run().interrupted
+    resumed = Trainer(config.model_copy(update={"resume_from_checkpoint": "latest"}), reward=ColourReward())
+    assert not resumed.run().interrupted
+    assert_same_bits(resumed.state, whole.state)
+
+
+# ---- what is not finite --------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_reward_that_is_not_finite_changes_nothing(folder: Path, tmp_path: Path, bad: float) -> None:
     snapshots: list[dict[str, Tensor]] = []

@@ -112,6 +112,7 @@ def test_autocast_around_the_model_changes_nothing(make_transformer: Any, make_i
     loss.backward()
     assert expected
     for want, parameter in zip(expected, model.parameters(), strict=True):
+        assert parameter.grad is not None
         assert torch.equal(want, parameter.grad)
     model.close()
 

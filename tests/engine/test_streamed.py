@@ -144,9 +144,13 @@ def test_hoisted_rows_serve_any_evaluation(make_transformer: Any, make_inputs: A
     modulations = model.hoist(rows)
     assert modulations is not None
     own = model.evaluate(inputs)
-    close = {"rtol": 1e-5, "atol": 1e-5}  # a product of 6 rows may be blocked differently from one of 3
-    torch.testing.assert_close(model.evaluate(inputs, modulations=modulations.rows([0, 1, 2])), own, **close)
-    torch.testing.assert_close(model.evaluate(inputs, modulations=modulations.rows([5, 4, 3])), own, **close)
+    # A product of 6 rows may be blocked differently from one of 3.
+    torch.testing.assert_close(
+        model.evaluate(inputs, modulations=modulations.rows([0, 1, 2])), own, rtol=1e-5, atol=1e-5
+    )
+    torch.testing.assert_close(
+        model.evaluate(inputs, modulations=modulations.rows([5, 4, 3])), own, rtol=1e-5, atol=1e-5
+    )
     assert not torch.equal(model.evaluate(inputs, modulations=modulations.rows([1, 1, 2])), own)
     model.close()
 
@@ -173,9 +177,12 @@ def test_steady_state_allocates_no_slots(
     made: list[int] = []
     for kind in ("slot", "host"):
         original = getattr(Streamer, kind)
-        monkeypatch.setattr(
-            Streamer, kind, lambda self, nbytes, original=original: (made.append(nbytes), original(self, nbytes))[1]
-        )
+
+        def noting(self: Streamer, nbytes: int, original: Any = original) -> Any:
+            made.append(nbytes)
+            return original(self, nbytes)
+
+        monkeypatch.setattr(Streamer, kind, noting)
     model = StreamedModel(make_transformer("flux"), plan, device="cpu")
     inputs = model_inputs("flux", make_inputs, dtype=torch.float32)
     counts = []
@@ -242,8 +249,7 @@ def test_parameters_are_views_of_the_store(make_transformer: Any, make_inputs: A
         for parameter in model.parameters():
             parameter.mul_(1.01)  # an optimizer's step on the host: the next pass streams the new weights
         second = model.evaluate(inputs)
-        close = {"rtol": 1e-5, "atol": 1e-5}
-        torch.testing.assert_close(second, transformer(**inputs, return_dict=False)[0], **close)
+        torch.testing.assert_close(second, transformer(**inputs, return_dict=False)[0], rtol=1e-5, atol=1e-5)
         assert (first - second).abs().max() > 1e-3
     model.close()
 
