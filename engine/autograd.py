@@ -37,7 +37,10 @@ class EvaluationNode(torch.autograd.Function):
         hoisted = model.hoist(inputs)
         ctx.modulations = hoisted.rows(rows) if hoisted is not None else None
         ctx.record = model.record(len(rows))
-        ctx.model, ctx.inputs, ctx.names, ctx.version = model, inputs, names, model.weights_version()
+        ctx.model, ctx.names, ctx.version = model, names, model.weights_version()
+        # Saved as by any node: autograd then refuses a second pass over a freed graph, and inputs changed in place.
+        ctx.save_for_backward(*(value for value in inputs.values() if isinstance(value, Tensor)))
+        ctx.inputs = {name: None if isinstance(value, Tensor) else value for name, value in inputs.items()}
         kept = [(row, row) for row in rows]
         return model.evaluate(inputs, modulations=ctx.modulations, record=ctx.record, record_rows=kept)
 
@@ -45,24 +48,44 @@ class EvaluationNode(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
         model: StreamedModel = ctx.model
+        saved = iter(ctx.saved_tensors)
+        inputs = {name: next(saved) if value is None else value for name, value in ctx.inputs.items()}
         if model.weights_version() != ctx.version:
             raise RuntimeError(
                 "the weights of the streamed model have changed between forward and backward: call backward before the "
                 "optimizer's step"
             )
-        leg = Leg(ctx.inputs, cotangent, ctx.names, modulations=ctx.modulations, record=ctx.record)
-        if any(parameter.requires_grad for parameter in model.parameters()):
+        leg = Leg(inputs, cotangent, ctx.names, modulations=ctx.modulations, record=ctx.record)
+        anchor = ctx.next_functions[0][0]
+        # autograd.grad(loss, input) and backward(inputs=...) must leave `parameter.grad` alone.
+        if anchor is not None and torch._C._will_engine_execute_node(anchor):
             found = _add_to_grad(model, leg)
         else:
             (found,) = model.vjp([leg])
-        return None, None, None, None, *(found[name] for name in ctx.names)
+        if not torch._C._autograd._get_current_graph_task_keep_graph():
+            ctx.record.drop()  # the caller may hold the loss, and so this node, until the next step
+            if ctx.modulations is not None:
+                ctx.modulations.source.drop()
+        return None, None, None, None, *(found[name].to(inputs[name].device) for name in ctx.names)
 
 
 def _add_to_grad(model: StreamedModel, leg: Leg) -> dict[str, Tensor]:
-    """Add the weight gradients of one leg to `parameter.grad`; returns its input gradients.
+    """Add the weight gradients of one leg to `parameter.grad`; returns its input gradients."""
+    adopt_grads(model)
+    (found,) = model.products([leg], "accumulate", GRAD, None)
+    for unit in model.gradient_sums(GRAD):
+        views = model.store.views(unit, GRAD)
+        for name, parameter in model.named_parameters():
+            if name in views and parameter.requires_grad:
+                parameter.grad = views[name]
+    return found
 
-    The store's regions are the memory of every `grad`, so what stands there when a pass begins must be what the
-    parameters say: nothing after `zero_grad()`, or somebody else's tensor.
+
+def adopt_grads(model: StreamedModel) -> None:
+    """Make the store's "grad" regions say what the parameters say.
+
+    They are the memory of every `grad` that a backward pass made; but after `zero_grad()` there is none, and somebody
+    may have put a tensor of their own there.
     """
     store = model.store
     store.allocate(GRAD, store.dtype)
@@ -80,12 +103,6 @@ def _add_to_grad(model: StreamedModel, leg: Leg) -> dict[str, Tensor]:
                 view.zero_()
             elif gradient.data_ptr() != view.data_ptr():
                 view.copy_(gradient)
-    (found,) = model.products([leg], "accumulate", GRAD, None)
-    for unit in filled:
-        for name, view in store.views(unit, GRAD).items():
-            if name in trained:
-                trained[name].grad = view
-    return found
 
 
 def count_steps(model: StreamedModel) -> Callable[[], None]:

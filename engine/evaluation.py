@@ -22,11 +22,13 @@ class Modulations:
     Attributes:
         states: {stage name: (N, width) states}.
         activated: (N, D) silu(temb) on the device, in the model's dtype: the linears' input.
+        version: of the weights that they were made with.
     """
 
     def __init__(self, activated: Tensor) -> None:
         self.states: dict[str, SampleStates] = {}
         self.activated = activated
+        self.version: int | None = None
 
     def rows(self, index: Sequence[int]) -> ModulationRows:
         """The rows `index`, one a sample of an evaluation."""
@@ -52,6 +54,9 @@ class Record:
 
     Position p is the input of block p; the last position is the input of the head. Every n-th position is kept, and the
     last one.
+
+    Attributes:
+        version: of the weights that they were made with; None while nothing is kept.
     """
 
     def __init__(
@@ -59,6 +64,7 @@ class Record:
     ) -> None:
         self.rows, self.placement = rows, placement
         self.states: dict[int, SampleStates] = {}
+        self.version: int | None = None
         self._staging, self._every, self._last = staging, every, last
 
     def keeps(self, position: int) -> bool:
@@ -76,6 +82,7 @@ class Record:
         for states in self.states.values():
             states.drop()
         self.states.clear()
+        self.version = None
 
     def __del__(self) -> None:
         self.drop()
@@ -140,7 +147,7 @@ class Evaluation:
         """The inputs of some samples, on the device."""
         chosen = self.inputs if names is None else {name: self.inputs[name] for name in names if name in self.inputs}
         return {
-            name: value.to(device) if isinstance(value, Tensor) else value
+            name: _ordinary(value.to(device)) if isinstance(value, Tensor) else value
             for name, value in select(chosen, rows).items()
         }
 
@@ -199,8 +206,15 @@ def batch_size(inputs: Mapping[str, Any]) -> int:
     """B, of the first input with one row a sample."""
     for name, value in inputs.items():
         if is_batched(name, value):
+            if value.shape[0] == 0:
+                raise ValueError(f"{name} has shape {tuple(value.shape)}: give at least one row")
             return int(value.shape[0])
     raise ValueError(f"inputs {', '.join(inputs) or 'are empty'}: none has one row a sample; give tensors (B, ...)")
+
+
+def _ordinary(value: Tensor) -> Tensor:
+    """The tensor itself, or a copy where it was made in inference mode: no graph may save such a one."""
+    return value.clone() if value.is_inference() and not torch.is_inference_mode_enabled() else value
 
 
 def specs(values: Sequence[Tensor]) -> list[tuple[tuple[int, ...], torch.dtype]]:

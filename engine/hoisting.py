@@ -7,7 +7,7 @@ dL/dtemb = silu'(temb) sum_i dm_i W_i                         read from W_i befo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -23,6 +23,7 @@ from leapalign.engine.passes import Parts
 from leapalign.engine.units import modulation_unit
 from leapalign.engine.velocity import microbatches, select
 
+TILE = 2**22  # elements of a linear's gradient that are multiplied out at once: 16 MiB
 ROWS = 64  # rows at once: 4.5 MiB of FLUX.1's widest modulation, while its weights are read once for all of them
 
 
@@ -116,9 +117,13 @@ class HoistedBackward:
             with ExitStack() as stack:
                 sums = backward.sum(unit, stack)
                 for name, gradient in self._gradients(stage, left, right).items():
-                    if name in sums:
-                        dense = gradient.expand(sums[name].dtype) if isinstance(gradient, OuterProduct) else gradient
-                        sums[name].add_(dense)
+                    if name not in sums:
+                        continue
+                    if not isinstance(gradient, OuterProduct):
+                        sums[name].add_(gradient)
+                        continue
+                    for rows, tile in gradient.tiles(TILE, dtype=sums[name].dtype):
+                        sums[name][rows].add_(tile)
             self.parts.gradients.carry(unit, backward.kind)
             return
         sink = backward.sink
@@ -130,15 +135,7 @@ class HoistedBackward:
         sink(unit, {name: g for name, g in self._gradients(stage, left, right).items() if name in wanted})
 
     def _gradients(self, stage: Stage, left: Tensor, right: Tensor) -> dict[str, Tensor | OuterProduct]:
-        """{full name: gradient} of a stage's linears, from factors (R, width) and (R, D)."""
-        shapes = self.parts.store.units[modulation_unit(stage)].shapes
-        widths = [shapes[f"{linear}.weight"][0] for linear in stage.modulation]
-        found: dict[str, Tensor | OuterProduct] = {}
-        for linear, part in zip(stage.modulation, left.split(widths, dim=1), strict=True):
-            found[f"{linear}.weight"] = OuterProduct(part, right)
-            if f"{linear}.bias" in shapes:
-                found[f"{linear}.bias"] = part.sum(0, dtype=accumulation(part.dtype))
-        return found
+        return gradients_of_linears(self.parts, stage, left, right)
 
     def _inputs_of_linears(self, leg: Cotangents) -> Tensor:
         """(B, D) silu(temb) of a leg's samples."""
@@ -178,3 +175,29 @@ class HoistedBackward:
         cotangent = arriving[rows].to(output.dtype)
         found = differentiate([output], [given[name] for name in names], leaves, sums, [cotangent])
         self.backward.add_inputs(leg, rows, names, found)
+
+
+def gradients_of_linears(parts: Parts, stage: Stage, left: Tensor, right: Tensor) -> dict[str, Tensor | OuterProduct]:
+    """{full name: gradient} of a stage's hoisted linears, from factors (R, width) and (R, D)."""
+    shapes = parts.store.units[modulation_unit(stage)].shapes
+    widths = [shapes[f"{linear}.weight"][0] for linear in stage.modulation]
+    found: dict[str, Tensor | OuterProduct] = {}
+    for linear, part in zip(stage.modulation, left.split(widths, dim=1), strict=True):
+        found[f"{linear}.weight"] = OuterProduct(part, right)
+        if f"{linear}.bias" in shapes:
+            found[f"{linear}.bias"] = part.sum(0, dtype=accumulation(part.dtype))
+    return found
+
+
+def held_linears(
+    parts: Parts, factors: Mapping[str, list[tuple[Tensor, Tensor]]], trainable: Callable[[str], tuple[str, ...]]
+) -> dict[str, dict[str, Tensor | OuterProduct]]:
+    """{unit: {full name: gradient}} of held factors, see `HoistedBackward`."""
+    found = {}
+    for stage in (*parts.backbone.blocks, parts.backbone.head):
+        unit = modulation_unit(stage)
+        if unit in factors:
+            left, right = (torch.cat(side) for side in zip(*factors[unit], strict=True))
+            gradients = gradients_of_linears(parts, stage, left, right)
+            found[unit] = {name: gradients[name] for name in trainable(unit)}
+    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,7 +21,9 @@ from leapalign.engine.backward import Backward
 from leapalign.engine.checkpoint import model_files
 from leapalign.engine.evaluation import Evaluation, Leg, ModulationRows, Modulations, Record, batch_size
 from leapalign.engine.gradients import Gradients, Sink
-from leapalign.engine.hoisting import HoistedBackward, hoist
+from leapalign.engine.hoisting import HoistedBackward, held_linears, hoist
+from leapalign.engine.modulation import OuterProduct
+from leapalign.engine.optim import AdamW8bit
 from leapalign.engine.passes import Parts, forward
 from leapalign.engine.plan import MemoryPlan
 from leapalign.engine.store import BlockStore
@@ -40,7 +43,8 @@ class StreamedModel(nn.Module):
 
     Called like the transformer it returns what the transformer returns. In grad mode the output carries one autograd
     node: `loss(model(...)).backward()` leaves gradients in `parameter.grad`, on the host and in the parameter's dtype,
-    and input gradients where inputs require them. Hooks on parameters are not called.
+    and input gradients where inputs require them. Hooks on parameters are not called. The memory of `grad` is the
+    store's: after `zero_grad()` the next backward pass writes there, so clone a gradient that is to outlive it.
 
     A trainer that knows its cotangents uses `evaluate`, `vjp` and `hoist` instead, which also choose what is kept.
     """
@@ -49,6 +53,7 @@ class StreamedModel(nn.Module):
         self,
         transformer: nn.Module | Backbone,
         plan: MemoryPlan | None = None,
+        optimizer: AdamW8bit | None = None,
         *,
         device: torch.device | str | None = None,
         delay: Callable[[str], float] | None = None,
@@ -59,6 +64,7 @@ class StreamedModel(nn.Module):
             transformer: FluxTransformer2DModel, SD3Transformer2DModel, or a `SequentialBackbone` around any model. Its
                 weights are moved to host memory, all of one floating dtype.
             plan: what is where; by default everything is streamed.
+            optimizer: takes this model's parameters, and is then `model.optimizer`.
             device: where blocks are computed; None: the GPU if there is one, else the CPU. A backbone brings its own.
             delay: seconds by which host threads delay each copy, for tests of the order.
             arena: makes the host memory.
@@ -80,6 +86,7 @@ class StreamedModel(nn.Module):
         units, unit_of = units_of(backbone)
         self.store = BlockStore(units, one_dtype(module), arena=arena)
         self._parameters_of_unit = adopt(module, self.store)
+        self._memory_of_unit = {name: self.store.region(name) for name in self.store.units}
         self._streamer = Streamer(device, delay=delay)
         hoisted = {modulation_unit(stage) for stage in stages_of(backbone) if stage.modulation}
         resident = [unit.name for unit in units if unit.name not in hoisted] if plan.resident == "all" else []
@@ -93,12 +100,15 @@ class StreamedModel(nn.Module):
             store=self.store,
             weights=weights,
             gradients=Gradients(self.store, self._streamer, weights, largest),
-            staging=Staging(self._streamer),
+            staging=Staging(self._streamer, slots=8),  # 3 are read, 3 prefetched (input, modulation, gradient), 2 leave
             device=device,
             unit_of=unit_of,
             trainable=self._trainable,
         )
         self._factors: dict[str, list[tuple[Tensor, Tensor]]] = {}  # held gradients of modulation linears
+        self.optimizer = optimizer
+        if optimizer is not None:
+            optimizer.bind(self)
 
     @classmethod
     def from_pretrained(
@@ -139,10 +149,11 @@ class StreamedModel(nn.Module):
 
     # ---- the transformer's own call --------------------------------------------------------------------------------
 
-    def forward(self, *, return_dict: bool = True, **inputs: Any) -> Any:
-        """The transformer's forward by keyword arguments; see the class.
+    def forward(self, *arguments: Any, return_dict: bool = True, **inputs: Any) -> Any:
+        """The transformer's forward; see the class.
 
         Args:
+            arguments: in the order of the transformer's own forward.
             return_dict: as in diffusers: an output object with `sample`, or a tuple. The result of a
                 `SequentialBackbone`'s head is returned as it is.
             inputs: tensors on any device; the result is on that of the first one with one row a sample.
@@ -150,6 +161,12 @@ class StreamedModel(nn.Module):
         Raises:
             ValueError: an argument that the streamed model does not support; the message names it.
         """
+        if arguments:
+            named = inspect.signature(self.module.forward).bind_partial(*arguments).arguments
+            if named.keys() & inputs.keys():
+                raise TypeError(f"{min(named.keys() & inputs.keys())} is given twice, by its place and by its name")
+            return_dict = bool(named.pop("return_dict", return_dict))
+            inputs = {**named, **inputs}
         given = self.backbone.check_inputs(inputs)
         output: Tensor
         if torch.is_grad_enabled():
@@ -169,7 +186,7 @@ class StreamedModel(nn.Module):
     def hoist(self, inputs: Mapping[str, Tensor]) -> Modulations | None:
         """Modulation vectors of all blocks for N rows, e.g. every sample at every noise level of a step.
 
-        Valid while the weights do not change. None if there is nothing to hoist.
+        Valid while the weights do not change, which is checked. None if there is nothing to hoist.
 
         Args:
             inputs: the inputs that modulation depends on, N rows each (FLUX: timestep, pooled_projections, guidance);
@@ -181,8 +198,13 @@ class StreamedModel(nn.Module):
         missing = [name for name in self.backbone.condition_inputs if name not in given]
         if missing:
             raise ValueError(f"hoist: {missing[0]} is missing; give {', '.join(self.backbone.condition_inputs)}")
-        with self._own_dtype():
-            return hoist(self._parts, given)
+        try:
+            with self._own_dtype():
+                result = hoist(self._parts, given)
+        finally:
+            self._parts.weights.settle()
+        result.version = self.weights_version()
+        return result
 
     @torch.no_grad()
     def evaluate(
@@ -200,14 +222,21 @@ class StreamedModel(nn.Module):
             modulations: the samples' rows of `hoist`; None: evaluated here, which streams the modulation weights.
             record: keeps block inputs of some of the samples.
             record_rows: (row of this batch, row of the record) of those samples.
+
+        Raises:
+            ValueError: inputs that the model does not support, or modulations or a record of other weights.
         """
+        if record is not None and record.version is not None:
+            self._check_version(record, "the record's block inputs were kept")
         with self._own_dtype():
             evaluation = self._evaluation(inputs, modulations, record, record_rows)
+            if record is not None:
+                record.version = self.weights_version()
             try:
                 (output,) = forward(self._parts, [evaluation])
             finally:
                 self._release(evaluation, modulations)
-        self._parts.weights.settle()
+                self._parts.weights.settle()  # from here on the host may change them
         return output.to(_home(inputs))
 
     def record(self, rows: int) -> Record:
@@ -236,7 +265,8 @@ class StreamedModel(nn.Module):
             For each leg {name: gradient} of its `input_grads`, in the input's dtype, on the cotangent's device.
 
         Raises:
-            ValueError: a sink without "deliver", or "deliver" without a sink.
+            ValueError: a sink without "deliver", or "deliver" without a sink; no legs; `input_grads` that name no
+                floating input; modulations or a record of other weights.
         """
         if (params == "deliver") != (sink is not None):
             raise ValueError(f"params={params!r} with sink={sink!r}: give a sink for 'deliver', and only then")
@@ -245,6 +275,21 @@ class StreamedModel(nn.Module):
     def gradient_sums(self, kind: str) -> set[str]:
         """The units that have a sum of this kind in the store; the set that the engine itself reads and changes."""
         return self._parts.gradients.filled.setdefault(kind, set())
+
+    def take_sums(self, kind: str) -> dict[str, dict[str, Tensor | OuterProduct]]:
+        """{unit: {full parameter name: gradient}} of the sums of a kind, on the host; they count as spent.
+
+        The tensors are views of the store, in the weights' dtype, valid until the next product.
+        """
+        self._parts.gradients.settle(kind)
+        found: dict[str, dict[str, Tensor | OuterProduct]] = {}
+        for unit in self._parts.gradients.filled.pop(kind, set()):
+            views = self.store.views(unit, kind)
+            found[unit] = {name: views[name] for name in self._trainable(unit)}
+        if kind == "held":
+            found |= held_linears(self._parts, self._factors, self._trainable)
+            self._factors.clear()
+        return {unit: found[unit] for unit in self.store.units if unit in found}
 
     def discard_held(self) -> None:
         """Forget held gradients that were accumulated and never delivered."""
@@ -258,6 +303,20 @@ class StreamedModel(nn.Module):
         """
         self._changes += 1
 
+    @property
+    def streamer(self) -> Streamer:
+        """The owner of all copies."""
+        return self._streamer
+
+    @property
+    def weights(self) -> Weights:
+        """The slots through which units are streamed."""
+        return self._parts.weights
+
+    def weights_changed(self, unit: str) -> None:
+        """The unit's weights on the host are new, by a write that torch did not count."""
+        torch.autograd.graph.increment_version(self._parameters_of_unit[unit])
+
     def close(self) -> None:
         """End the copy threads and free device memory. The wrapped module goes on working on the host."""
         self._unhook()
@@ -265,38 +324,64 @@ class StreamedModel(nn.Module):
 
     def products(self, legs: Sequence[Leg], params: str, kind: str, sink: Sink | None) -> list[dict[str, Tensor]]:
         """`vjp` with weight gradients summed under a kind's name in the store ("held"; "grad": `parameter.grad`)."""
-        with self._own_dtype():
+        # In inference mode nothing has a gradient, whatever enable_grad() says.
+        with torch.inference_mode(False), torch.no_grad(), self._own_dtype():
             return self._products(legs, params, kind, sink)
 
     def _products(self, legs: Sequence[Leg], params: str, kind: str, sink: Sink | None) -> list[dict[str, Tensor]]:
         parts = self._parts
-        evaluations = []
-        for leg in legs:
-            rows = leg.record_rows if leg.record_rows is not None else range(batch_size(leg.inputs))
-            kept = list(enumerate(rows))
-            evaluations.append(self._evaluation(leg.inputs, leg.modulations, leg.record, kept))
-        fresh = [number for number, leg in enumerate(legs) if leg.record is None]
-        for number in fresh:
-            evaluation = evaluations[number]
-            legs[number].record = evaluation.record = self.record(evaluation.size)
-            evaluation.kept = [(row, row) for row in range(evaluation.size)]
-        if fresh:
-            forward(parts, [evaluations[number] for number in fresh], head=False)
-        backward = Backward(parts, list(zip(legs, evaluations, strict=True)), params, kind, sink)
+        self._check_legs(legs)
+        fresh = [leg for leg in legs if leg.record is None]
+        evaluations: list[Evaluation] = []
         try:
+            for leg in legs:
+                evaluations.append(self._evaluation_of(leg))
+            if fresh:
+                forward(parts, [e for leg, e in zip(legs, evaluations, strict=True) if leg.record is None], head=False)
+            for leg, evaluation in zip(legs, evaluations, strict=True):
+                if leg.record is None:  # complete now
+                    leg.record, leg.record_rows = evaluation.record, None
+            backward = Backward(parts, list(zip(legs, evaluations, strict=True)), params, kind, sink)
             found = backward.run()
             HoistedBackward(backward, self._factors).run()
             if params == "deliver" and sink is not None:
                 self._deliver_unused(backward, sink)
             parts.gradients.flush()
-            parts.weights.settle()
-            if params == "accumulate":
-                parts.gradients.settle(kind)
         finally:
             parts.gradients.cancel()
-            for leg, evaluation in zip(legs, evaluations, strict=True):
+            for leg, evaluation in zip(legs, evaluations, strict=False):
                 self._release(evaluation, leg.modulations)
+            parts.weights.settle()  # from here on the host may change them, and read what was carried
+            parts.gradients.settle(kind)
         return found
+
+    def _check_legs(self, legs: Sequence[Leg]) -> None:
+        if not legs:
+            raise ValueError("a product of no legs: give at least one")
+        for leg in legs:
+            if leg.record is not None:
+                self._check_version(leg.record, "the record's block inputs were kept")
+            for name in leg.input_grads:
+                value = leg.inputs.get(name)
+                if not isinstance(value, Tensor) or not value.is_floating_point():
+                    raise ValueError(f"input_grads names {name!r}, which is no floating tensor among the leg's inputs")
+
+    def _evaluation_of(self, leg: Leg) -> Evaluation:
+        """A leg's evaluation, with a new record to be filled if the leg has none."""
+        size = batch_size(leg.inputs)
+        if leg.record is None:
+            return self._evaluation(leg.inputs, leg.modulations, self._new_record(size), [(row, row) for row in range(size)])
+        rows = leg.record_rows if leg.record_rows is not None else range(size)
+        return self._evaluation(leg.inputs, leg.modulations, leg.record, list(enumerate(rows)))
+
+    def _new_record(self, rows: int) -> Record:
+        record = self.record(rows)
+        record.version = self.weights_version()
+        return record
+
+    def _check_version(self, made: Modulations | Record, when: str) -> None:
+        if made.version != self.weights_version():
+            raise ValueError(f"{when} with other weights than the present ones: evaluate again")
 
     def _deliver_unused(self, backward: Backward, sink: Sink) -> None:
         """Zero gradients of the parameters that no stage uses."""
@@ -318,6 +403,8 @@ class StreamedModel(nn.Module):
         if modulations is None:
             own = self.hoist(given)
             modulations = own.rows(range(size)) if own is not None else None
+        else:
+            self._check_version(modulations.source, "the modulations were hoisted")
         constants = self.backbone.constants(given)
         return Evaluation(given, size, constants, self.plan.microbatch, modulations, record=record, kept=kept)
 
@@ -386,7 +473,9 @@ class StreamedModel(nn.Module):
         return tuple(name for name, parameter in zip(names, parameters, strict=True) if parameter.requires_grad)
 
     def _unit_version(self, unit: str) -> int:
-        return self._changes + sum(parameter._version for parameter in self._parameters_of_unit[unit])
+        # The store's memory counts for itself: `store.load` and `store.parameters()` write there.
+        changes = self._changes + self._memory_of_unit[unit]._version
+        return changes + sum(parameter._version for parameter in self._parameters_of_unit[unit])
 
     def weights_version(self) -> int:
         """Grows with every in-place change of any weight, optimizers' updates included."""

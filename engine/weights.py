@@ -114,6 +114,10 @@ class Weights:
         finally:
             slot.busy = False
 
+    def region(self, unit: str) -> Buffer:
+        """The unit's weights on the host, with the events of the copies from and to them."""
+        return self._regions[unit]
+
     def settle(self) -> None:
         """Wait until no load reads the host's weights any more: from then on they may be changed."""
         for region in self._regions.values():

@@ -75,23 +75,27 @@ def round_stochastic(
 
 
 def sum_of_squares(x: Tensor, *, threads: int | None = None) -> float:
-    """Sum of the squares of bf16 elements, in double and in a fixed order: a gradient's share in the global norm.
+    """Sum of the squares of all elements, in double and in a fixed order: a gradient's share in the global norm.
 
     Each square is exact in double. Within a chunk of 4,096 elements, lane l of 16 sums elements l, l + 16, l + 32, ...;
     lanes, then chunks, are summed in pairs of neighbours. With n elements the relative error is at most
     (256 + 4 + ceil(log2(n / 4096))) 2^-53, under 4e-14 for any model. An inf or nan element gives inf or nan.
 
     Args:
-        x: any shape, contiguous, bfloat16, in CPU memory.
+        x: any shape, contiguous, bfloat16 or float32 (by torch), in CPU memory.
         threads: at most that many; torch.get_num_threads() by default. The result does not depend on it, bit for bit.
 
     Raises:
         ValueError: a wrong dtype, layout or device.
     """
     _check_host(x)
-    if x.dtype != torch.bfloat16 or not x.is_contiguous():
-        raise ValueError(f"x is {x.dtype} with strides {tuple(x.stride())}; sum_of_squares reads contiguous bfloat16")
+    if x.dtype not in (torch.bfloat16, torch.float32) or not x.is_contiguous():
+        raise ValueError(
+            f"x is {x.dtype} with strides {tuple(x.stride())}; sum_of_squares reads contiguous bfloat16 or float32"
+        )
     flat = x.detach().view(-1)
+    if x.dtype == torch.float32:
+        return _sum_of_squares_in_torch(flat)
     if native is not None:
         return float(native.sum_of_squares_bf16(flat, threads or torch.get_num_threads()))
     _say_once()

@@ -107,9 +107,11 @@ def gradient(count: int, seed: int) -> torch.Tensor:
 SIZES = [0, 1, 15, 16, 17, 4095, 4096, 4097, 3 * 4096, 100_000, 70 * 4096 + 5]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("count", SIZES)
-def test_sum_of_squares_is_right(count: int) -> None:
-    x = gradient(count, count)
+def test_sum_of_squares_is_right(count: int, dtype: torch.dtype) -> None:
+    x = gradient(count, count).to(dtype)
+    x = x * (1 + 2.0**-20) if dtype == torch.float32 else x  # not bfloat16 numbers
     exact = math.fsum(value * value for value in x.double().tolist())  # each square is exact, fsum rounds once
     roundings = 256 + 4 + math.ceil(math.log2(max(count / 4096, 1))) + 1
     assert host.sum_of_squares(x) == pytest.approx(exact, rel=roundings * 2**-53, abs=0)
@@ -141,7 +143,7 @@ def test_sum_of_squares_shows_a_bad_element(bad: float) -> None:
 
 def test_wrong_tensors_are_refused() -> None:
     with pytest.raises(ValueError, match="reads contiguous bfloat16"):
-        host.sum_of_squares(torch.zeros(3))
+        host.sum_of_squares(torch.zeros(3, dtype=torch.float64))
     with pytest.raises(ValueError, match="reads contiguous bfloat16"):
         host.sum_of_squares(torch.zeros(8, dtype=torch.bfloat16)[::2])
     with pytest.raises(ValueError, match="on meta"):
