@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from bench import quality, report
+from bench import memory, quality, report
 
 
 def main(arguments: list[str]) -> int:
@@ -13,9 +13,10 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     commands = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
     quality.add_arguments(commands.add_parser("quality", help=quality.SUMMARY, description=quality.__doc__))
+    memory.add_arguments(commands.add_parser("memory", help=memory.SUMMARY, description=memory.__doc__))
     commands.add_parser("report", help=report.SUMMARY, description=report.__doc__)
     options, overrides = parser.parse_known_args(arguments)
-    return {"quality": quality.run, "report": report.run}[options.what](options, overrides)
+    return {"quality": quality.run, "memory": memory.run, "report": report.run}[options.what](options, overrides)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,227 @@
+"""A step of the streamed engine on a model of any size with fake tensors: what the device would hold and compute.
+
+Everything is the code that trains: StreamedModel, rollout, vector-Jacobian products, and a gradient dictionary on the
+host in the optimizer's place. Only memory and arithmetic are missing. The reward, which runs between rollout and
+products without the transformer on the card, is no part of it.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from diffusers import FluxTransformer2DModel
+from torch import Tensor
+
+from bench.counting import DeviceCounter, Holding, Phase
+from bench.devices import HostAndDevice, gpu_operators
+from leapalign.engine.backbones import Backbone, backbone_of
+from leapalign.engine.gradients import GradientDictionary
+from leapalign.engine.plan import MemoryPlan
+from leapalign.engine.streamed import StreamedModel
+from leapalign.streamed import streamed_rollout, streamed_vjps
+from leapalign.surrogates import Leg, Surrogate
+
+PATCH = 16  # pixels a token's side: 8 a latent, 2 latents a token
+
+# transformer/config.json of black-forest-labs/FLUX.1-dev: 11.9 billion parameters
+FLUX1_DEV: Mapping[str, Any] = {
+    "attention_head_dim": 128,
+    "axes_dims_rope": (16, 56, 56),
+    "guidance_embeds": True,
+    "in_channels": 64,
+    "joint_attention_dim": 4096,
+    "num_attention_heads": 24,
+    "num_layers": 19,
+    "num_single_layers": 38,
+    "patch_size": 1,
+    "pooled_projection_dim": 768,
+}
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One optimizer step to simulate.
+
+    Attributes:
+        architecture: arguments of FluxTransformer2DModel.
+        batch: images, all of them with a gradient.
+        resolution: pixels a side.
+        steps: of the rollout, at least 2.
+        mode: how the two legs share a step (leapalign.streamed).
+        keep_block_inputs: the rollout keeps the block inputs of the two legs; else they are computed again.
+        plan: the engine's.
+        text_tokens: of the prompt; 512 is FLUX's.
+        dtype: of the weights.
+    """
+
+    architecture: Mapping[str, Any] = field(default_factory=lambda: FLUX1_DEV)
+    batch: int = 8
+    resolution: int = 512
+    steps: int = 25
+    mode: Literal["paired", "held"] = "paired"
+    keep_block_inputs: bool = True
+    plan: MemoryPlan = field(default_factory=MemoryPlan)
+    text_tokens: int = 512
+    dtype: torch.dtype = torch.bfloat16
+
+    def __post_init__(self) -> None:
+        for name, least in (("batch", 1), ("steps", 2), ("text_tokens", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
+        if self.resolution < PATCH or self.resolution % PATCH:
+            raise ValueError(f"resolution={self.resolution} must be a multiple of {PATCH} pixels")
+
+
+@dataclass(frozen=True)
+class Simulated:
+    """What a workload takes on the device.
+
+    Attributes:
+        counted_peak_bytes: the most bytes alive at once.
+        phases: {"model" (what is allocated for good), "hoist", "rollout", ...: bytes and FLOPs}.
+        flops: of the whole step.
+        forward_flops: of one plain forward of one image.
+        forwards_per_image: flops / batch / forward_flops.
+        parameters: of the model.
+        holdings: what was alive at the peak, largest first.
+    """
+
+    counted_peak_bytes: int
+    phases: Mapping[str, Phase]
+    flops: int
+    forward_flops: int
+    forwards_per_image: float
+    parameters: int
+    holdings: list[Holding]
+
+
+def simulate(workload: Workload) -> Simulated:
+    """Run one step of this workload on fake tensors, `meta` playing the GPU and `cpu` the host."""
+    machine = HostAndDevice()
+    with machine, gpu_operators():
+        forward_flops = _plain_forward(workload, machine)
+        with _default_dtype(workload.dtype):
+            transformer = FluxTransformer2DModel(**workload.architecture)
+        parameters = sum(parameter.numel() for parameter in transformer.parameters())
+        counter = DeviceCounter()
+        # Not observed: its templates' parameters, placeholders on meta that no operator ever sees.
+        backbone = backbone_of(transformer, hoist=workload.plan.hoist, device=torch.device("meta"))
+        conditioning = _conditioning(workload, "cpu")
+        noise, sigmas = torch.empty(_shape(workload)), torch.empty(workload.steps + 1)
+        steps = _steps(workload)
+        sink = GradientDictionary()
+        with machine.observed(counter.observe):
+            with counter.phase("model"):
+                model = _PhasedModel(backbone, workload.plan, counter)
+            rolled = streamed_rollout(
+                model, conditioning, noise, sigmas, steps, keep_block_inputs=workload.keep_block_inputs
+            )
+            streamed_vjps(
+                model,
+                conditioning,
+                rolled,
+                _surrogate(workload),
+                torch.empty_like(noise),
+                mode=workload.mode,
+                sink=sink,
+            )
+        missing = {name for name, _ in transformer.named_parameters()} - sink.grads.keys()
+        assert not missing, f"no gradient was delivered for {sorted(missing)[:3]}"
+    return Simulated(
+        counted_peak_bytes=counter.peak,
+        phases=counter.phases,
+        flops=counter.flops,
+        forward_flops=forward_flops,
+        forwards_per_image=counter.flops / workload.batch / forward_flops,
+        parameters=parameters,
+        holdings=counter.holdings(),
+    )
+
+
+class _PhasedModel(StreamedModel):
+    """A streamed model that names its phases to a counter."""
+
+    def __init__(self, backbone: Backbone, plan: MemoryPlan, counter: DeviceCounter) -> None:
+        super().__init__(backbone, plan, arena=_fake_arena)
+        self._counter = counter
+
+    def hoist(self, *args: Any, **options: Any) -> Any:
+        with self._counter.phase("hoist"):
+            return super().hoist(*args, **options)
+
+    def evaluate(self, *args: Any, **options: Any) -> Any:
+        with self._counter.phase("rollout"):
+            return super().evaluate(*args, **options)
+
+    def vjp(self, legs: Any, *, params: Any = "none", **options: Any) -> Any:
+        name = {"none": "input gradient", "accumulate": "first leg", "deliver": "weight gradients"}[params]
+        with self._counter.phase(name):
+            return super().vjp(legs, params=params, **options)
+
+
+def _plain_forward(workload: Workload, machine: HostAndDevice) -> int:
+    """FLOPs of the transformer called once with one image."""
+    with _default_dtype(workload.dtype), torch.device("meta"):
+        transformer = FluxTransformer2DModel(**workload.architecture).eval()
+    counter = DeviceCounter()
+    with machine.observed(counter.observe), torch.no_grad():
+        transformer(
+            hidden_states=torch.empty(1, *_shape(workload)[1:], dtype=workload.dtype, device="meta"),
+            timestep=torch.empty(1, device="meta"),
+            **{name: v[:1] if name[-4:] != "_ids" else v for name, v in _conditioning(workload, "meta").items()},
+        )
+    return counter.flops
+
+
+def _shape(workload: Workload) -> tuple[int, int, int]:
+    return workload.batch, (workload.resolution // PATCH) ** 2, workload.architecture["in_channels"]
+
+
+def _conditioning(workload: Workload, device: str) -> dict[str, Tensor]:
+    batch, tokens, _ = _shape(workload)
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(*shape, dtype=workload.dtype, device=device)
+
+    conditioning = {
+        "encoder_hidden_states": empty(batch, workload.text_tokens, workload.architecture["joint_attention_dim"]),
+        "pooled_projections": empty(batch, workload.architecture["pooled_projection_dim"]),
+        "txt_ids": empty(workload.text_tokens, 3),
+        "img_ids": empty(tokens, 3),
+    }
+    if workload.architecture.get("guidance_embeds"):
+        conditioning["guidance"] = torch.empty(batch, device=device)
+    return conditioning
+
+
+def _steps(workload: Workload) -> list[list[int]]:
+    """Two different steps a sample, the earlier first."""
+    draw = random.Random(0)
+    return [sorted(draw.sample(range(workload.steps), 2)) for _ in range(workload.batch)]
+
+
+def _surrogate(workload: Workload) -> Surrogate:
+    """LeapAlign's two nested legs; what the numbers are does not matter here, only that there is a discount."""
+    legs = tuple(Leg(torch.empty(workload.batch, dtype=torch.int64), torch.empty(workload.batch)) for _ in range(2))
+    scores = [torch.empty(workload.batch) for _ in range(3)]
+    return Surrogate(legs, 0.3, *scores)
+
+
+def _fake_arena(sizes: Mapping[str, int]) -> dict[str, Tensor]:
+    return {name: torch.empty(size, dtype=torch.uint8) for name, size in sizes.items()}
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    # Not .to(dtype): on fake parameters it fails, they cannot be swapped.
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
