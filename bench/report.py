@@ -33,12 +33,45 @@ def fill(text: str) -> str:
 
 
 def _table(name: str) -> str:
-    makers = {"quality": _quality}
-    path = RESULTS / f"{name}-shapes.json"
-    return makers[name](json.loads(path.read_text())) if path.is_file() else "Not measured.\n"
+    makers = {"quality": _quality, "memory": _memory}
+    return makers[name]() or "Not measured.\n"
 
 
-def _quality(result: dict[str, Any]) -> str:
+def _results(pattern: str) -> list[dict[str, Any]]:
+    return [json.loads(path.read_text()) for path in sorted(RESULTS.glob(pattern))]
+
+
+def _memory() -> str:
+    """What `bench memory` counted, a row a result file."""
+    results = [result for result in _results("memory-*.json") if "counted_peak_bytes" in result]
+    if not results:
+        return ""
+    results.sort(key=lambda r: (r["settings"]["resolution"], r["settings"]["resident"], r["counted_peak_bytes"]))
+    lines = ["| model | pixels | images | weights on the device | legs | peak device memory | forwards an image |"]
+    lines.append("|" + "---|" * 7)
+    for result in results:
+        settings = result["settings"]
+        legs = settings["mode"] + (", block inputs recomputed" if settings["recompute"] else "")
+        resident = {"all": "all but modulation", "none": "two blocks"}[settings["resident"]]
+        lines.append(
+            f"| {settings['simulate']} | {settings['resolution']}² | {settings['batch']} | {resident} | {legs} "
+            f"| {result['counted_peak_bytes'] / 2**30:.1f} GiB | {result['forwards_per_image']:.2f} |"
+        )
+    command = results[0]["command"]
+    lines.append(
+        f"\nCounted on fake tensors, not measured on a GPU: {results[0]['parameters'] / 1e9:.1f}B parameters in bf16, "
+        f"microbatch {results[0]['settings']['microbatch']}, optimizer on the host. CUDA's context, workspaces and "
+        f"fragmentation and the reward's phase are not in it. First row: `{command}`."
+    )
+    return "\n".join(lines) + "\n"
+
+
+def _quality() -> str:
+    """Before and after of aligning the embedded default."""
+    found = _results("quality-shapes.json")
+    if not found:
+        return ""
+    (result,) = found
     seeds = result["seeds"]
     lines = ["| | before | after | change |", "|---|---|---|---|"]
     for name, row in result["summary"].items():
@@ -50,10 +83,11 @@ def _quality(result: dict[str, Any]) -> str:
     pictures = seeds[0]["before"]["prompts"] * seeds[0]["before"]["images_per_prompt"]
     seconds = sum(s["seconds"] for s in seeds) / len(seeds)
     machine = result["machine"]
+    threads = f"{machine['threads']} thread{'s' * (machine['threads'] > 1)}"
     lines.append(
         f"\n{len(seeds)} seeds, {seeds[0]['steps']} steps each, {pictures} pictures of held-out prompts a seed; change "
         f"± standard deviation over seeds. Accuracy changed by {change['in_standard_errors']:.1f} standard errors "
-        f"(paired over prompts). {seconds:.0f} s a seed, judging included, with {machine['threads']} threads of "
+        f"(paired over prompts). {seconds:.0f} s a seed, judging included, with {threads} of "
         f"{machine['cpu']}. Command: `{result['command']}`."
     )
     return "\n".join(lines) + "\n"
