@@ -174,6 +174,16 @@ class Staging:
         """Empty states: for each spec (shape of a row, dtype) a tensor (rows, *shape)."""
         return SampleStates(self, placement, rows, specs)
 
+    def release(self) -> None:
+        """Free the staging slots until they are needed again; what is on the host stays there."""
+        for slot in self._ring:
+            assert not slot.buffer.in_use, "a staged row is being read"
+            states = slot.states() if slot.states is not None else None
+            if states is not None:
+                states._forget(slot.index)
+            self.streamer.free(slot.buffer)
+        self._ring.clear()
+
     def _take_slot(self, rows: int, specs: Sequence[Spec]) -> _Slot:
         """The slot that was taken longest ago and is not in use, made large enough; it forgets what it held."""
         self._nbytes = max(self._nbytes, _nbytes(rows, specs))

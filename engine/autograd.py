@@ -73,11 +73,11 @@ def _add_to_grad(model: StreamedModel, leg: Leg) -> dict[str, Tensor]:
     """Add the weight gradients of one leg to `parameter.grad`; returns its input gradients."""
     adopt_grads(model)
     (found,) = model.products([leg], "accumulate", GRAD, None)
+    parameters = dict(model.named_parameters())
     for unit in model.gradient_sums(GRAD):
-        views = model.store.views(unit, GRAD)
-        for name, parameter in model.named_parameters():
-            if name in views and parameter.requires_grad:
-                parameter.grad = views[name]
+        for name, view in model.store.views(unit, GRAD).items():
+            if parameters[name].requires_grad:
+                parameters[name].grad = view
     return found
 
 

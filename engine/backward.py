@@ -91,12 +91,14 @@ class Backward:
         backbone, every = self.parts.backbone, self.parts.plan.every
         last = len(backbone.blocks)
         embed(self.parts, [leg.evaluation for leg in self.legs])
-        self._stage(backbone.head, last, following=last - 1)
-        for start in reversed(range(0, last, every)):
+        starts = list(reversed(range(0, last, every)))
+        self._stage(backbone.head, last, following=starts[0])
+        for start, earlier in zip(starts, [*starts[1:], -1], strict=True):
             stop = min(start + every, last)
             self._recompute(start, stop)
             for position in reversed(range(start, stop)):
-                self._stage(backbone.blocks[position], position, following=position - 1)
+                following = position - 1 if position > start else earlier
+                self._stage(backbone.blocks[position], position, following)
                 for leg in self.legs:
                     if position in leg.evaluation.recomputed:
                         leg.evaluation.recomputed.pop(position).drop()
@@ -133,7 +135,11 @@ class Backward:
         return [(leg, rows) for leg in self.legs for rows in leg.evaluation.slices()]
 
     def _stage(self, stage: Stage, position: int, following: int) -> None:
-        """Differentiate the head or a block: arriving gradients become leaving ones."""
+        """Differentiate the head or a block: arriving gradients become leaving ones.
+
+        Args:
+            following: the block that runs next, if only to be recomputed; -1 for the stem.
+        """
         parts, unit, work = self.parts, self.parts.unit_of[stage.name], self._work()
         placement = parts.placement([(leg.evaluation, rows) for leg, rows in work])
         with ExitStack() as outer:

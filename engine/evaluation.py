@@ -22,7 +22,7 @@ class Modulations:
     Attributes:
         states: {stage name: (N, width) states}.
         activated: (N, D) silu(temb) on the device, in the model's dtype: the linears' input.
-        version: of the weights that they were made with.
+        version: of the weights that they were made with; None when they are dropped.
     """
 
     def __init__(self, activated: Tensor) -> None:
@@ -39,6 +39,7 @@ class Modulations:
         for states in self.states.values():
             states.drop()
         self.states.clear()
+        self.version = None
 
 
 @dataclass(frozen=True)

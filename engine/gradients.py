@@ -124,7 +124,7 @@ class Gradients:
             views = layout.views(target)
             sink(unit, {name: views[name] for name in names})
 
-        self._pending = hand_over  # called when the next unit has been launched: copy and computation overlap
+        self._pending = hand_over  # when the next unit has been launched: the sink works while that one computes
 
     def flush(self) -> None:
         """Hand over what is still on its way to a sink on the host."""
@@ -135,6 +135,13 @@ class Gradients:
     def cancel(self) -> None:
         """Forget what an interrupted pass left on its way."""
         self._pending = None
+
+    def release(self) -> None:
+        """Free the device's buffer until the next backward pass."""
+        assert self._pending is None, "a gradient is still on its way"
+        if self._buffer is not None:
+            self._streamer.free(self._buffer)
+            self._buffer = None
 
     def settle(self, kind: str) -> None:
         """Wait until the carried sums of this kind are in host memory."""

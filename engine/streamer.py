@@ -6,7 +6,8 @@ that more than one of them touches is a `Buffer`, and it carries its own events.
     Before a queue touches a buffer it waits for the last touch of that buffer by each other queue;
     afterwards it records its own event there.
 
-Touches by one queue follow each other anyway. An event is always recorded before it is waited on, and a wait is for
+Touches by one queue follow each other anyway; a caller that changes its current stream between two calls makes the new
+one wait for the old one, as for any tensor. An event is always recorded before it is waited on, and a wait is for
 what was recorded by then, so queues cannot wait for each other in a circle. There is no `record_stream`.
 
 | device | in, out                                  | compute                                |

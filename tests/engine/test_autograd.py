@@ -25,6 +25,11 @@ def two_calls(transformer: Any, latents: Tensor, conditioning: dict[str, Any]) -
     return (moved - 0.4 * second).square().mean()
 
 
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of every `grad` that there is."""
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
 def trained(
     transformer: Any, latents: Tensor, conditioning: dict[str, Any], zero: Callable[[Any], None]
 ) -> tuple[list[float], list[Tensor], list[Tensor]]:
@@ -125,6 +130,76 @@ def test_a_step_between_forward_and_backward_is_an_error(make_transformer: Any, 
         next(model.parameters()).add_(1)
     with pytest.raises(RuntimeError, match="between forward and backward"):
         loss.backward()
+    model.close()
+
+
+def test_input_gradients_alone_leave_the_weights_gradients_alone(make_transformer: Any, make_inputs: Any) -> None:
+    latents, conditioning = make_inputs("flux", 2)
+    model = StreamedModel(make_transformer("flux"), device="cpu")
+    x = latents.clone().requires_grad_()
+    two_calls(model, x, conditioning).backward()
+    expected = x.grad
+    before = gradients(model)
+    x.grad = None
+    (found,) = torch.autograd.grad(two_calls(model, x, conditioning), x)
+    two_calls(model, x, conditioning).backward(inputs=[x])
+    assert expected is not None and x.grad is not None
+    assert torch.equal(found, expected) and torch.equal(x.grad, expected)
+    assert before
+    assert all(torch.equal(gradient, before[name]) for name, gradient in gradients(model).items())
+    model.close()
+
+
+def test_a_graph_serves_once_unless_it_is_retained(make_transformer: Any, make_inputs: Any) -> None:
+    latents, conditioning = make_inputs("flux", 2)
+    model = StreamedModel(make_transformer("flux"), device="cpu")
+    loss = two_calls(model, latents, conditioning)
+    loss.backward(retain_graph=True)
+    once = gradients(model)
+    loss.backward()
+    for name, gradient in gradients(model).items():
+        torch.testing.assert_close(gradient, 2 * once[name])
+    with pytest.raises(RuntimeError, match="a second time"):
+        loss.backward()
+    model.close()
+
+
+def test_block_inputs_do_not_outlive_the_backward_pass(make_transformer: Any, make_inputs: Any) -> None:
+    """The usual loop holds the last loss while it makes the next one."""
+    latents, conditioning = make_inputs("flux", 2)
+    model = StreamedModel(make_transformer("flux"), device="cpu")
+    homes, losses = [], []
+    for _ in range(3):
+        losses.append(two_calls(model, latents, conditioning))
+        losses[-1].backward()
+        homes.append(sum(buffer.place == "region" for buffer in model.streamer._buffers.values()))
+    assert homes[0] == homes[1] == homes[2]
+    model.close()
+
+
+def test_an_input_changed_in_place_is_an_error(make_transformer: Any, make_inputs: Any) -> None:
+    """It is read again in the backward pass."""
+    latents, conditioning = make_inputs("flux", 2)
+    model = StreamedModel(make_transformer("flux"), device="cpu")
+    loss = two_calls(model, latents, conditioning)
+    latents.mul_(2)
+    with pytest.raises(RuntimeError, match="inplace"):
+        loss.backward()
+    model.close()
+
+
+@pytest.mark.parametrize("family", ["flux-guidance", "sd3"])
+def test_arguments_by_place(family: str, make_transformer: Any, make_inputs: Any) -> None:
+    latents, conditioning = make_inputs(family, 2)
+    model = StreamedModel(make_transformer(family), device="cpu")
+    sigma = torch.tensor([0.9, 0.5])
+    given = {"hidden_states": latents, "timestep": sigma, **conditioning}
+    placed = [given.pop(name) for name in ("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep")]
+    with torch.no_grad():
+        expected = make_transformer(family)(*placed, **given, return_dict=False)[0]
+        torch.testing.assert_close(model(*placed, **given, return_dict=False)[0], expected, rtol=1e-5, atol=1e-5)
+        with pytest.raises(TypeError, match="hidden_states is given twice"):
+            model(*placed, hidden_states=latents, **given)
     model.close()
 
 

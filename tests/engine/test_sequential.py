@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from leapalign.engine.backbones import SequentialBackbone
+from leapalign.engine.plan import MemoryPlan
+from leapalign.engine.streamed import StreamedModel
 
 CPU = torch.device("cpu")
 VOCABULARY, TOKENS, BATCH = 19, 7, 3
@@ -91,6 +93,26 @@ def test_a_causal_language_model(worst_error: Any, tied: bool, named: bool) -> N
 
     error, where = worst_error(gradients(found), gradients(expected))
     assert error <= 1, f"{error:.3g} x tolerance at {where}"
+
+
+@pytest.mark.parametrize(
+    "plan", [MemoryPlan(), MemoryPlan(microbatch=2, every=2, slots=3), MemoryPlan(microbatch=None, resident="all")]
+)
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_streamed_language_model_has_autograds_gradients(tied: bool, plan: MemoryPlan, worst_error: Any) -> None:
+    """A foreign training loop: cross entropy of the next token, two losses added up."""
+    plain, inputs = llama(tied, torch.float32), text()
+    model = StreamedModel(llama_backbone(llama(tied, torch.float32)), plan)
+    targets = inputs["input_ids"].roll(-1, 1).flatten()
+    for start in (0, 1):
+        given = {name: value[start:] for name, value in inputs.items()}
+        for logits in (plain(**given).logits, model(**given)):
+            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets[start * TOKENS :])
+            loss.backward()
+    expected = {name: parameter.grad for name, parameter in plain.named_parameters()}
+    error, where = worst_error({name: parameter.grad for name, parameter in model.named_parameters()}, expected)
+    assert error <= 1, f"{error:.3g} x tolerance at {where}"
+    model.close()
 
 
 def test_a_tied_weight_has_one_name_in_stem_and_head() -> None:
