@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from bench import memory, quality, report
+from bench import memory, optimizers, quality, report
 
 
 def main(arguments: list[str]) -> int:
@@ -14,9 +14,11 @@ def main(arguments: list[str]) -> int:
     commands = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
     quality.add_arguments(commands.add_parser("quality", help=quality.SUMMARY, description=quality.__doc__))
     memory.add_arguments(commands.add_parser("memory", help=memory.SUMMARY, description=memory.__doc__))
+    optimizers.add_arguments(commands.add_parser("optimizers", help=optimizers.SUMMARY, description=optimizers.__doc__))
     commands.add_parser("report", help=report.SUMMARY, description=report.__doc__)
     options, overrides = parser.parse_known_args(arguments)
-    return {"quality": quality.run, "memory": memory.run, "report": report.run}[options.what](options, overrides)
+    runs = {"quality": quality.run, "memory": memory.run, "optimizers": optimizers.run, "report": report.run}
+    return runs[options.what](options, overrides)
 
 
 if __name__ == "__main__":

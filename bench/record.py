@@ -52,3 +52,9 @@ def write(name: str, command: list[str], results: dict[str, Any]) -> Path:
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps({**head, **results}, indent=1) + "\n")
     return path
+
+
+def read(name: str) -> dict[str, Any]:
+    """The result file bench/results/<name>.json."""
+    found: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
+    return found
