@@ -1,7 +1,7 @@
 """How much device memory does a step take? Runs the streamed engine on the real model's shapes with fake tensors.
 
 No GPU and no memory is needed: `meta` plays the GPU, and every tensor on it is counted while it lives, as are all
-FLOPs. See bench/simulate.py for what runs, bench/counting.py for what is counted.
+FLOPs. See bench/simulate.py for what runs, engine/counting.py for what is counted.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from bench import record
-from bench.simulate import FLUX1_DEV, Simulated, Workload, simulate
+from bench.simulate import Simulated, Workload, simulate
+from leapalign.architectures import FLUX1_DEV, SD35_MEDIUM
 from leapalign.engine.plan import MemoryPlan
+from leapalign.engine.workload import Budget
 
 SUMMARY = "device memory and arithmetic of one step, simulated on the real model's shapes"
-ARCHITECTURES: Mapping[str, Mapping[str, Any]] = {"flux1_dev": FLUX1_DEV}
+ARCHITECTURES: Mapping[str, Mapping[str, Any]] = {"flux1_dev": FLUX1_DEV, "sd35_medium": SD35_MEDIUM}
 _GIB = 2**30
 _LISTED = 12  # rows of what is alive at the peak
 
@@ -31,10 +33,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=8, help="images a step (default: %(default)s)")
     parser.add_argument("--resolution", type=int, default=512, help="pixels a side (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=25, help="of the rollout (default: %(default)s)")
-    parser.add_argument("--resident", choices=("all", "none"), default="none", help="weights kept on the device")
+    parser.add_argument(
+        "--resident", default="none", help="weights kept on the device: all, none or a number of blocks"
+    )
+    parser.add_argument("--vram", help="let the planner choose what is resident, and more, for so much, e.g. 24GiB")
     parser.add_argument("--mode", choices=("paired", "held"), default="paired", help="how the two legs share a step")
     parser.add_argument("--recompute", action="store_true", help="the rollout keeps no block inputs")
-    parser.add_argument("--microbatch", type=int, default=1, help="images in one block call (default: %(default)s)")
+    parser.add_argument("--microbatch", type=int, help="images in one block call (default: 1, or the planner's)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--output", metavar="NAME", help="also write bench/results/NAME.json")
 
@@ -48,7 +53,8 @@ def run(options: argparse.Namespace, unknown: list[str]) -> int:
     except (ValueError, OSError) as error:
         print(f"bench memory: error: {error}", file=sys.stderr)
         return 2
-    result = {"settings": _settings(options, workload), **_as_dict(simulate(workload))}
+    planned = {"planned_peak_bytes": workload.planned().peak_device_bytes}
+    result = {"settings": _settings(options, workload), **planned, **_as_dict(simulate(workload))}
     print(json.dumps(result, indent=1) if options.json else table(result))
     if options.output:
         path = record.write(options.output, ["memory", *_command(options)], result)
@@ -64,6 +70,7 @@ def table(result: Mapping[str, Any]) -> str:
     for phase in result["phases"]:
         lines.append(f"{phase['name']:20}{phase['counted_bytes'] / _GIB:12.2f}{phase['forwards_per_image']:20.2f}")
     lines.append(f"{'step':20}{result['counted_peak_bytes'] / _GIB:12.2f}{result['forwards_per_image']:20.2f}")
+    lines.append(f"{'planned':20}{result['planned_peak_bytes'] / _GIB:12.2f}")
     lines += ["", f"{'at the peak':>12}  number, shape, dtype and operator"]
     for held in result["at_peak"]:
         shape = "×".join(map(str, held["shape"])) or "1"
@@ -78,19 +85,25 @@ def _workload(options: argparse.Namespace) -> Workload:
     if options.model_config:
         architecture = _read_config(options.model_config, architecture)
     if options.blocks is not None:
+        if "num_single_layers" not in architecture:
+            raise ValueError(f"blocks={options.blocks} is for FLUX; leave it out for {options.simulate}")
         counts = options.blocks.split(",")
         if len(counts) != 2 or not all(count.isdecimal() for count in counts):
             raise ValueError(f"blocks={options.blocks}: give two numbers, e.g. 19,38")
         architecture |= {"num_layers": int(counts[0]), "num_single_layers": int(counts[1])}
-    return Workload(
+    resident = int(options.resident) if options.resident.isdecimal() else options.resident
+    workload = Workload(
         architecture=architecture,
         batch=options.batch,
         resolution=options.resolution,
         steps=options.steps,
         mode=options.mode,
         keep_block_inputs=not options.recompute,
-        plan=MemoryPlan(microbatch=options.microbatch, resident=options.resident),
+        plan=MemoryPlan(microbatch=1 if options.microbatch is None else options.microbatch, resident=resident),
     )
+    if options.vram is None:
+        return workload
+    return workload.within(Budget(vram=options.vram), microbatch=options.microbatch)
 
 
 def _read_config(path: Path, known: Mapping[str, Any]) -> dict[str, Any]:
@@ -111,7 +124,7 @@ def _settings(options: argparse.Namespace, workload: Workload) -> dict[str, Any]
     architecture = workload.architecture
     return {
         "simulate": options.model_config.name if options.model_config else options.simulate,
-        "blocks": [architecture["num_layers"], architecture["num_single_layers"]],
+        "blocks": [architecture["num_layers"], architecture.get("num_single_layers", 0)],
         "batch": workload.batch,
         "resolution": workload.resolution,
         "steps": workload.steps,
@@ -120,6 +133,9 @@ def _settings(options: argparse.Namespace, workload: Workload) -> dict[str, Any]
         "recompute": not workload.keep_block_inputs,
         "microbatch": workload.plan.microbatch,
         "hoist": workload.plan.hoist,
+        "block_inputs": workload.plan.block_inputs,
+        "every": workload.plan.every,
+        **({"vram": options.vram} if options.vram else {}),
     }
 
 

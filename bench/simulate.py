@@ -10,37 +10,28 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+import diffusers
 import torch
-from diffusers import FluxTransformer2DModel
-from torch import Tensor
+from torch import Tensor, nn
 
-from bench.counting import DeviceCounter, Holding, Phase
-from bench.devices import HostAndDevice, gpu_operators
+from bench.devices import HostAndDevice
+from leapalign.architectures import FLUX1_DEV
+from leapalign.engine import workload as planning
 from leapalign.engine.backbones import Backbone, backbone_of
+from leapalign.engine.cost import predict
+from leapalign.engine.counting import DeviceCounter, Holding, Phase, gpu_operators
 from leapalign.engine.gradients import GradientDictionary
 from leapalign.engine.plan import MemoryPlan
+from leapalign.engine.planner import Planner
 from leapalign.engine.streamed import StreamedModel
+from leapalign.engine.workload import PATCH, Budget, Machine
 from leapalign.streamed import streamed_rollout, streamed_vjps
 from leapalign.surrogates import Leg, Surrogate
 
-PATCH = 16  # pixels a token's side: 8 a latent, 2 latents a token
-
-# transformer/config.json of black-forest-labs/FLUX.1-dev: 11.9 billion parameters
-FLUX1_DEV: Mapping[str, Any] = {
-    "attention_head_dim": 128,
-    "axes_dims_rope": (16, 56, 56),
-    "guidance_embeds": True,
-    "in_channels": 64,
-    "joint_attention_dim": 4096,
-    "num_attention_heads": 24,
-    "num_layers": 19,
-    "num_single_layers": 38,
-    "patch_size": 1,
-    "pooled_projection_dim": 768,
-}
+_MACHINE = Machine(device_base_bytes=0)  # no operator shows what a CUDA context takes
 
 
 @dataclass(frozen=True)
@@ -48,13 +39,13 @@ class Workload:
     """One optimizer step to simulate.
 
     Attributes:
-        architecture: arguments of FluxTransformer2DModel.
+        architecture: arguments of FluxTransformer2DModel, or of the diffusers class that "_class_name" names.
         batch: images, all of them with a gradient.
         resolution: pixels a side.
         steps: of the rollout, at least 2.
         mode: how the two legs share a step (leapalign.streamed).
         keep_block_inputs: the rollout keeps the block inputs of the two legs; else they are computed again.
-        plan: the engine's.
+        plan: the engine's; mode and keep_block_inputs are this workload's.
         text_tokens: of the prompt; 512 is FLUX's.
         dtype: of the weights.
     """
@@ -75,6 +66,33 @@ class Workload:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
         if self.resolution < PATCH or self.resolution % PATCH:
             raise ValueError(f"resolution={self.resolution} must be a multiple of {PATCH} pixels")
+
+    def planned(self) -> MemoryPlan:
+        """The plan with the planner's predictions."""
+        plan = replace(self.plan, mode=self.mode, keep_block_inputs=self.keep_block_inputs)
+        workload = self._planning(None)
+        return predict(Planner(self.architecture, workload, hoist=plan.hoist).costs, plan, workload, _MACHINE)
+
+    def within(self, budget: Budget, *, microbatch: int | None) -> Workload:
+        """This workload with the plan that the planner makes for the budget.
+
+        Raises:
+            ValueError: nothing fits.
+        """
+        plan = Planner(self.architecture, self._planning(microbatch), _MACHINE).plan(budget)
+        return replace(self, plan=plan, keep_block_inputs=plan.keep_block_inputs)
+
+    def _planning(self, microbatch: int | None) -> planning.Workload:
+        return planning.Workload(
+            batch=self.batch,
+            resolution=self.resolution,
+            text_tokens=self.text_tokens,
+            num_inference_steps=self.steps,
+            microbatch=microbatch,
+            mode=self.mode,
+            dtype=self.dtype,
+            optimizer="gradients",
+        )
 
 
 @dataclass(frozen=True)
@@ -106,7 +124,7 @@ def simulate(workload: Workload) -> Simulated:
     with machine, gpu_operators():
         forward_flops = _plain_forward(workload, machine)
         with _default_dtype(workload.dtype):
-            transformer = FluxTransformer2DModel(**workload.architecture)
+            transformer = _transformer(workload)
         parameters = sum(parameter.numel() for parameter in transformer.parameters())
         counter = DeviceCounter()
         # Not observed: its templates' parameters, placeholders on meta that no operator ever sees.
@@ -167,7 +185,7 @@ class _PhasedModel(StreamedModel):
 def _plain_forward(workload: Workload, machine: HostAndDevice) -> int:
     """FLOPs of the transformer called once with one image."""
     with _default_dtype(workload.dtype), torch.device("meta"):
-        transformer = FluxTransformer2DModel(**workload.architecture).eval()
+        transformer = _transformer(workload).eval()
     counter = DeviceCounter()
     with machine.observed(counter.observe), torch.no_grad():
         transformer(
@@ -178,12 +196,26 @@ def _plain_forward(workload: Workload, machine: HostAndDevice) -> int:
     return counter.flops
 
 
-def _shape(workload: Workload) -> tuple[int, int, int]:
-    return workload.batch, (workload.resolution // PATCH) ** 2, workload.architecture["in_channels"]
+def _transformer(workload: Workload) -> nn.Module:
+    kind = getattr(diffusers, workload.architecture.get("_class_name", "FluxTransformer2DModel"))
+    module: nn.Module = kind(**{name: value for name, value in workload.architecture.items() if name[0] != "_"})
+    return module
+
+
+def _is_flux(workload: Workload) -> bool:
+    return bool(workload.architecture.get("_class_name", "FluxTransformer2DModel") == "FluxTransformer2DModel")
+
+
+def _shape(workload: Workload) -> tuple[int, ...]:
+    tokens, channels = workload.resolution // PATCH, workload.architecture["in_channels"]
+    if _is_flux(workload):
+        return workload.batch, tokens**2, channels
+    side = tokens * workload.architecture["patch_size"]
+    return workload.batch, channels, side, side
 
 
 def _conditioning(workload: Workload, device: str) -> dict[str, Tensor]:
-    batch, tokens, _ = _shape(workload)
+    batch = workload.batch
 
     def empty(*shape: int) -> Tensor:
         return torch.empty(*shape, dtype=workload.dtype, device=device)
@@ -191,9 +223,11 @@ def _conditioning(workload: Workload, device: str) -> dict[str, Tensor]:
     conditioning = {
         "encoder_hidden_states": empty(batch, workload.text_tokens, workload.architecture["joint_attention_dim"]),
         "pooled_projections": empty(batch, workload.architecture["pooled_projection_dim"]),
-        "txt_ids": empty(workload.text_tokens, 3),
-        "img_ids": empty(tokens, 3),
     }
+    if not _is_flux(workload):
+        return conditioning
+    conditioning["txt_ids"] = empty(workload.text_tokens, 3)
+    conditioning["img_ids"] = empty(_shape(workload)[1], 3)
     if workload.architecture.get("guidance_embeds"):
         conditioning["guidance"] = torch.empty(batch, device=device)
     return conditioning

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import json
 import weakref
@@ -28,10 +29,22 @@ from leapalign.engine.passes import Parts, forward
 from leapalign.engine.plan import MemoryPlan
 from leapalign.engine.store import BlockStore
 from leapalign.engine.streamer import Streamer
-from leapalign.engine.units import adopt, modulation_unit, one_dtype, saved_buffers, stages_of, units_of
+from leapalign.engine.units import (
+    adopt,
+    modulation_unit,
+    one_dtype,
+    resident_units,
+    saved_buffers,
+    stages_of,
+    units_of,
+)
 from leapalign.engine.weights import Weights
 
 __all__ = ["Leg", "ModulationRows", "Modulations", "Record", "StreamedModel"]
+
+STAGING_SLOTS = 8  # 3 are read, 3 prefetched (input, modulation, gradient), 2 leave
+
+_OWNER = "_streamed_by"  # attribute of the wrapped module: a weak reference to its StreamedModel
 
 
 class StreamedModel(nn.Module):
@@ -57,7 +70,7 @@ class StreamedModel(nn.Module):
         *,
         device: torch.device | str | None = None,
         delay: Callable[[str], float] | None = None,
-        arena: Callable[[Mapping[str, int]], Mapping[str, Tensor]] = HostArena,
+        arena: Callable[[Mapping[str, int]], Mapping[str, Tensor]] | None = None,
     ) -> None:
         """
         Args:
@@ -67,10 +80,10 @@ class StreamedModel(nn.Module):
             optimizer: takes this model's parameters, and is then `model.optimizer`.
             device: where blocks are computed; None: the GPU if there is one, else the CPU. A backbone brings its own.
             delay: seconds by which host threads delay each copy, for tests of the order.
-            arena: makes the host memory.
+            arena: makes the host memory; by default a HostArena, pinned if the device is a GPU.
 
         Raises:
-            ValueError: a model of another kind or of several dtypes.
+            ValueError: a model of another kind, of several dtypes, or one that is streamed already.
         """
         super().__init__()
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -80,16 +93,20 @@ class StreamedModel(nn.Module):
         else:
             backbone, device = transformer, transformer.device
         module = backbone.module
+        owner = module.__dict__.get(_OWNER, lambda: None)()
+        if owner is not None and owner._unhook.alive:
+            raise ValueError(f"this {type(module).__name__} is streamed already: close() the other StreamedModel first")
+        module.__dict__[_OWNER] = weakref.ref(self)
         self.__dict__["module"] = module  # not a submodule: its parameters keep their names
         self.plan, self.device, self.backbone = plan, device, backbone
         self.timestep_scale = backbone.timestep_scale
         units, unit_of = units_of(backbone)
-        self.store = BlockStore(units, one_dtype(module), arena=arena)
+        pinned = functools.partial(HostArena, pin=device.type == "cuda")
+        self.store = BlockStore(units, one_dtype(module), arena=arena or pinned)
         self._parameters_of_unit = adopt(module, self.store)
         self._memory_of_unit = {name: self.store.region(name) for name in self.store.units}
         self._streamer = Streamer(device, delay=delay)
-        hoisted = {modulation_unit(stage) for stage in stages_of(backbone) if stage.modulation}
-        resident = [unit.name for unit in units if unit.name not in hoisted] if plan.resident == "all" else []
+        resident = resident_units(backbone, plan, unit_of)
         self._changes = 0
         self._unhook = weakref.finalize(self, count_steps(self))
         weights = Weights(self.store, self._streamer, resident=resident, slots=plan.slots, version=self._unit_version)
@@ -100,7 +117,7 @@ class StreamedModel(nn.Module):
             store=self.store,
             weights=weights,
             gradients=Gradients(self.store, self._streamer, weights, largest),
-            staging=Staging(self._streamer, slots=8),  # 3 are read, 3 prefetched (input, modulation, gradient), 2 leave
+            staging=Staging(self._streamer, slots=STAGING_SLOTS),
             device=device,
             unit_of=unit_of,
             trainable=self._trainable,
@@ -227,7 +244,7 @@ class StreamedModel(nn.Module):
             ValueError: inputs that the model does not support, or modulations or a record of other weights.
         """
         if record is not None and record.version is not None:
-            self._check_version(record, "the record's block inputs were kept")
+            self._check_version(record, "the record's block inputs")
         with self._own_dtype():
             evaluation = self._evaluation(inputs, modulations, record, record_rows)
             if record is not None:
@@ -291,6 +308,50 @@ class StreamedModel(nn.Module):
             self._factors.clear()
         return {unit: found[unit] for unit in self.store.units if unit in found}
 
+    def hold_zeros(self) -> None:
+        """Hold zero for every trainable unit that has no sum yet: the gradient where no sample is active."""
+        self.store.allocate("held", self.store.dtype)
+        self._parts.gradients.settle("held")
+        factors, filled = self._zero_factors(), self.gradient_sums("held")
+        self._factors = {**factors, **self._factors}
+        for unit in self.store.units:
+            if self._trainable(unit) and unit not in filled and unit not in self._factors:
+                self.store.region(unit, "held").zero_()
+                filled.add(unit)
+
+    @torch.no_grad()
+    def deliver_held(self, sink: Sink) -> None:
+        """What `vjp` with "deliver" does, for no leg at all: every unit's held sum, or zero, goes to the sink."""
+        gradients, target = self._parts.gradients, torch.device("cpu") if sink.on_host else self.device
+        factors = {
+            unit: [(left.to(target), right.to(target)) for left, right in held]
+            for unit, held in {**self._zero_factors(), **self._factors}.items()
+        }
+        linears = held_linears(self._parts, factors, self._trainable)
+        try:
+            for unit in self.store.units:
+                if unit in linears:
+                    sink(unit, linears[unit])
+                elif names := self._trainable(unit):
+                    with gradients.sum(unit, carry="held"):
+                        pass
+                    gradients.deliver(unit, names, sink)
+            gradients.flush()
+            self._parts.weights.settle()
+        finally:
+            gradients.cancel()
+        self._factors.clear()
+
+    def _zero_factors(self) -> dict[str, list[tuple[Tensor, Tensor]]]:
+        """{unit: factors without rows} of all trainable hoisted linears."""
+        found = {}
+        for stage in stages_of(self.backbone):
+            if stage.modulation and self._trainable(unit := modulation_unit(stage)):
+                shapes = [self.store.units[unit].shapes[f"{linear}.weight"] for linear in stage.modulation]
+                left = torch.zeros(0, sum(shape[0] for shape in shapes), dtype=self.store.dtype)
+                found[unit] = [(left, torch.zeros(0, shapes[0][1], dtype=self.store.dtype))]
+        return found
+
     def discard_held(self) -> None:
         """Forget held gradients that were accumulated and never delivered."""
         self._parts.gradients.filled.pop("held", None)
@@ -302,6 +363,15 @@ class StreamedModel(nn.Module):
         Operations on the parameters themselves and steps of torch optimizers are noticed without it.
         """
         self._changes += 1
+
+    def release_resident(self) -> None:
+        """Take weights, slots and buffers off the device, e.g. while a reward needs it; the next use brings them back.
+
+        States that the plan places on the device stay.
+        """
+        self._parts.weights.release()
+        self._parts.gradients.release()
+        self._parts.staging.release()
 
     @property
     def streamer(self) -> Streamer:
@@ -360,7 +430,7 @@ class StreamedModel(nn.Module):
             raise ValueError("a product of no legs: give at least one")
         for leg in legs:
             if leg.record is not None:
-                self._check_version(leg.record, "the record's block inputs were kept")
+                self._check_version(leg.record, "the record's block inputs")
             for name in leg.input_grads:
                 value = leg.inputs.get(name)
                 if not isinstance(value, Tensor) or not value.is_floating_point():
@@ -369,19 +439,19 @@ class StreamedModel(nn.Module):
     def _evaluation_of(self, leg: Leg) -> Evaluation:
         """A leg's evaluation, with a new record to be filled if the leg has none."""
         size = batch_size(leg.inputs)
-        if leg.record is None:
-            return self._evaluation(leg.inputs, leg.modulations, self._new_record(size), [(row, row) for row in range(size)])
-        rows = leg.record_rows if leg.record_rows is not None else range(size)
-        return self._evaluation(leg.inputs, leg.modulations, leg.record, list(enumerate(rows)))
+        record, rows = leg.record, leg.record_rows
+        if record is None:
+            record, rows = self.record(size), None
+            record.version = self.weights_version()
+        kept = list(enumerate(range(size) if rows is None else rows))
+        return self._evaluation(leg.inputs, leg.modulations, record, kept)
 
-    def _new_record(self, rows: int) -> Record:
-        record = self.record(rows)
-        record.version = self.weights_version()
-        return record
-
-    def _check_version(self, made: Modulations | Record, when: str) -> None:
+    def _check_version(self, made: Modulations | Record, what: str) -> None:
         if made.version != self.weights_version():
-            raise ValueError(f"{when} with other weights than the present ones: evaluate again")
+            state = (
+                "are not there (any more)" if made.version is None else "belong to other weights than the present ones"
+            )
+            raise ValueError(f"{what} {state}: evaluate again")
 
     def _deliver_unused(self, backward: Backward, sink: Sink) -> None:
         """Zero gradients of the parameters that no stage uses."""
@@ -404,7 +474,7 @@ class StreamedModel(nn.Module):
             own = self.hoist(given)
             modulations = own.rows(range(size)) if own is not None else None
         else:
-            self._check_version(modulations.source, "the modulations were hoisted")
+            self._check_version(modulations.source, "the modulations")
         constants = self.backbone.constants(given)
         return Evaluation(given, size, constants, self.plan.microbatch, modulations, record=record, kept=kept)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -10,6 +10,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from leapalign.engine.backbones import Backbone, Stage
+from leapalign.engine.plan import MemoryPlan
 from leapalign.engine.store import BlockStore, Unit
 
 
@@ -43,6 +44,18 @@ def units_of(backbone: Backbone) -> tuple[list[Unit], dict[str, str]]:
     if left:
         units.append(Unit("unused", {name: shape for name, shape in shapes.items() if name in left}))
     return units, unit_of
+
+
+def resident_units(backbone: Backbone, plan: MemoryPlan, unit_of: Mapping[str, str]) -> list[str]:
+    """The units that stay on the device: the plan's first blocks, and with any of them what is no block.
+
+    Hoisted linears, which run once a step, never do.
+    """
+    if not plan.keeps_ends:
+        return []
+    blocks = backbone.blocks[: plan.resident_blocks(len(backbone.blocks))]
+    chosen = {unit_of[stage.name] for stage in stages_of(backbone) if stage in blocks or stage not in backbone.blocks}
+    return [name for name in dict.fromkeys(unit_of.values()) if name in chosen]
 
 
 def one_dtype(module: nn.Module) -> torch.dtype:

@@ -41,7 +41,7 @@ class Weights:
     """Gives the weights of one unit at a time to the computation, and loads the next while it runs.
 
     Device memory: the resident units' bytes, plus `slots` times the largest streamed unit's, allocated here and never
-    again. On the CPU a resident unit is the host store itself.
+    again, but after `release`. On the CPU a resident unit is the host store itself.
 
     A unit that is still in its slot, or resident, is not loaded again while the host's weights are unchanged.
     """
@@ -108,11 +108,21 @@ class Weights:
         """
         slot = self._idle(evict=True)
         assert slot is not None, "every slot is in use: a unit was not given back"
-        slot.unit, slot.awaited, slot.busy = None, False, True
+        self._clock += 1
+        self._restore(slot, self.slot_bytes)
+        slot.unit, slot.awaited, slot.busy, slot.age = None, False, True, self._clock  # the next piece takes another
         try:
             yield slot.buffer, slot.buffer.tensor[: self.slot_bytes // dtype.itemsize * dtype.itemsize].view(dtype)
         finally:
             slot.busy = False
+
+    def release(self) -> None:
+        """Free all device memory, of resident units and slots; the next use of each allocates and loads it again."""
+        for unit, slot in [*self._resident.items(), *((None, slot) for slot in self._slots)]:
+            if unit not in self._in_place and slot.buffer.nbytes:
+                assert not slot.busy, f"{slot.unit} is in use"
+                self._streamer.free(slot.buffer)
+                slot.unit, slot.version, slot.awaited = unit, -1, False
 
     def region(self, unit: str) -> Buffer:
         """The unit's weights on the host, with the events of the copies from and to them."""
@@ -131,9 +141,15 @@ class Weights:
         version = self._version(unit)
         if unit in self._in_place or (slot.unit == unit and slot.version == version):
             return
+        self._restore(slot, self._nbytes(unit) if unit in self._resident else self.slot_bytes)
         target = self._flat(slot, self._store.units[unit].numel)
         self._streamer.load(slot.buffer, self._regions[unit], [(target, self._store.region(unit))])
         slot.unit, slot.version = unit, version
+
+    def _restore(self, slot: _Slot, nbytes: int) -> None:
+        """Device memory for a slot that was released."""
+        if slot.buffer.nbytes == 0 and nbytes:
+            slot.buffer = self._streamer.slot(nbytes)
 
     def _find(self, unit: str) -> _Slot | None:
         return next((slot for slot in self._slots if slot.unit == unit), None)

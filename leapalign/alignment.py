@@ -8,15 +8,16 @@ two legs, and peak memory is the largest phase's.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from leapalign.draws import random_pairs
+from leapalign.engine.gradients import Sink
 from leapalign.engine.streamed import StreamedModel
 from leapalign.engine.velocity import evaluation_mode, is_batched, microbatches, select
 from leapalign.engine.vjp import ensure_grads, trainable, velocity_vjp
@@ -48,8 +49,8 @@ class GradientResult:
         loss: () mean over the batch of weight * max(0, threshold - reward).
         rewards: (B,) at the rollout's x_0.
         weights, d_j, d_0: (B,) similarity weights and leap distances.
-        grads: {parameter name: dloss/dparameter of the surrogate} for every parameter that requires grad; float32, or
-            float64 for float64 parameters.
+        grads: {parameter name: scale * dloss/dparameter of the surrogate} for every parameter that requires grad;
+            float32, or float64 for float64 parameters. Empty where they went to a sink or are held.
         pairs: (B, 2) int64 the step indices (k_index, j_index) that were used.
         seconds: {phase: wall-clock seconds}, the device synchronised at the phase's ends.
     """
@@ -77,6 +78,9 @@ def alignment_gradients(
     executor: Executor = "autograd",
     microbatch: int | None = None,
     keep_block_inputs: bool = True,
+    scale: float = 1.0,
+    sink: Sink | None = None,
+    hold: bool = False,
 ) -> GradientResult:
     """Gradient of the LeapAlign loss for all trainable parameters, one batch (arXiv 2604.15311, Algorithm 1).
 
@@ -104,11 +108,19 @@ def alignment_gradients(
             A StreamedModel splits the batch as its own plan says, and this is for the reward alone.
         keep_block_inputs: streamed executors: keep the block inputs of the two evaluations from the rollout, 0.5 GiB a
             sample and leap of FLUX.1-dev at 512 x 512, instead of running the forward pass again.
+        scale: factor on all gradients (1 / passes where passes are accumulated); `loss` is reported without it.
+        sink: streamed executors: takes every finished gradient, sums that were held included, in the last product,
+            instead of the result. Once every unit, zeros if no sample is active.
+        hold: streamed executors with a StreamedModel: add the gradients to the sums that the model holds on the host,
+            in the weights' dtype. A later call with a sink delivers them, or the caller takes them
+            (`model.take_sums("held")`, `AdamW8bit.step_from("held")`). Errors in the reward or a product discard them.
 
     Raises:
         ValueError: an argument of the wrong shape, range or kind, or a reward that is not differentiable.
-        FloatingPointError: a reward or its gradient is not finite; the message names the samples.
+        FloatingPointError: a reward or its gradient is not finite, or with a streamed executor a leg's cotangent; the
+            message names the samples, and nothing has been delivered.
     """
+    _check_delivery(transformer, executor, sink, hold)
     noise = noise.detach().to(torch.promote_types(noise.dtype, torch.float32))
     num_steps = _check_inputs(transformer, conditioning, noise, sigmas, executor, microbatch)
     pairs = _resolve_pairs(pairs, generator, noise.shape[0], num_steps).to(noise.device)
@@ -126,6 +138,9 @@ def alignment_gradients(
             mode="paired" if executor == "streamed-paired" else "held",
             microbatch=microbatch,
             keep_block_inputs=keep_block_inputs,
+            scale=scale,
+            sink=sink,
+            hold=hold,
         )
     seconds: dict[str, float] = {}
     with evaluation_mode(transformer):
@@ -135,14 +150,17 @@ def alignment_gradients(
             from leapalign.reference import reference_gradients  # it needs this module's result type
 
             with timed(seconds, "graph", noise.device):
-                return reference_gradients(transformer, conditioning, trajectory, reward, method, pairs, seconds)
+                found = reference_gradients(transformer, conditioning, trajectory, reward, method, pairs, seconds)
+            return replace(found, grads={name: gradient * scale for name, gradient in found.grads.items()})
         surrogate = leapalign2(trajectory, pairs, method)
         with timed(seconds, "reward", noise.device):
             rewards, loss, g = reward_gradient(
                 reward, trajectory.final, surrogate.weights, method.threshold, microbatch=microbatch
             )
         with timed(seconds, "vjp", noise.device):
-            grads = surrogate_gradients(transformer, conditioning, trajectory, surrogate, g, microbatch=microbatch)
+            grads = surrogate_gradients(
+                transformer, conditioning, trajectory, surrogate, g * scale, microbatch=microbatch
+            )
     return GradientResult(
         loss, rewards, surrogate.weights, surrogate.d_j, surrogate.d_0, grads, pairs=pairs, seconds=seconds
     )
@@ -176,11 +194,11 @@ def reward_gradient(
             r = score(scorer, x).to(weights.dtype)
             loss = hinge(r, weights[rows], threshold).sum() / batch
         rewards[rows] = r.detach()
-        check_finite(r.detach(), "reward", rows.start)
+        check_finite(r.detach(), "reward", range(batch)[rows])
         (dx,) = torch.autograd.grad(loss, x, allow_unused=True)
         if dx is None:
             raise ValueError(NOT_DIFFERENTIABLE)
-        check_finite(dx, "reward gradient", rows.start)
+        check_finite(dx, "reward gradient", range(batch)[rows])
         g[rows] = dx
     return rewards, hinge(rewards, weights, threshold).sum() / batch, g
 
@@ -202,11 +220,11 @@ def score(reward: Reward, latents: Tensor) -> Tensor:
     return rewards
 
 
-def check_finite(values: Tensor, what: str, first: int = 0) -> None:
-    """FloatingPointError naming the samples whose row of `values` (rows, ...) is not finite, counted from `first`."""
+def check_finite(values: Tensor, what: str, samples: Sequence[int]) -> None:
+    """FloatingPointError naming the samples whose row of `values` (len(samples), ...) is not finite."""
     wrong = torch.nonzero(~torch.isfinite(values).reshape(values.shape[0], -1).all(1)).flatten()
     if wrong.numel():
-        raise FloatingPointError(f"{what} is not finite for samples {[first + int(i) for i in wrong]}")
+        raise FloatingPointError(f"{what} is not finite for samples {[samples[int(i)] for i in wrong]}")
 
 
 def surrogate_gradients(
@@ -245,6 +263,19 @@ def surrogate_gradients(
         if u is not None:
             y = y + surrogate.discount * u
     return grads
+
+
+def _check_delivery(transformer: nn.Module, executor: str, sink: Sink | None, hold: bool) -> None:
+    """Refuse a sink or held sums where there is nothing to deliver to or to hold them."""
+    if sink is not None and hold:
+        raise ValueError("sink and hold=True are both given: hold all passes but the last, and give that one the sink")
+    if (sink is not None or hold) and not executor.startswith("streamed"):
+        name = "hold=True" if hold else "sink"
+        raise ValueError(f"executor={executor!r} takes no {name}: use streamed-paired or streamed-held")
+    if hold and not isinstance(transformer, StreamedModel):
+        raise ValueError(
+            f"hold=True with a {type(transformer).__name__}: the sums live in a StreamedModel; make one of it first"
+        )
 
 
 def _check_inputs(

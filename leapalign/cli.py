@@ -1,4 +1,4 @@
-"""The command `leapalign`: align, sample, evaluate, embed.
+"""The command `leapalign`: align, plan, sample, evaluate, embed.
 
 Arguments, files and the output folder are checked before torch is loaded, so that a mistake is answered at once.
 Exit codes: 0 done; 2 a mistake in settings or input, told in one line; 3 interrupted, can be resumed; 1 anything else.
@@ -98,6 +98,18 @@ def _align(_: argparse.Namespace, config: AlignConfig) -> int:
     return INTERRUPTED
 
 
+def _plan(options: argparse.Namespace, config: AlignConfig) -> int:
+    _quiet()
+    from leapalign.engine.workload import Budget, Machine
+    from leapalign.plan_command import plan_command
+
+    machine = Machine.read(options.machine) if options.machine else Machine()
+    result = plan_command(config, Budget(options.vram, options.ram), machine)
+    text = result.pop("table")
+    print(json.dumps(result, indent=2) if options.json else text)
+    return DONE
+
+
 def _sample(options: argparse.Namespace, config: AlignConfig) -> int:
     if not options.prompt:
         raise UsageError("sample needs a prompt: --prompt TEXT, repeated for more")
@@ -160,6 +172,16 @@ _TRANSFORMER: dict[str, Any] = {
 }
 _COMMANDS = {
     "align": _Command(_align, "align all parameters of a pipeline's transformer with a reward"),
+    "plan": _Command(
+        _plan,
+        "say what a run would hold, move and take, phase by phase, from the shapes of its models alone",
+        {
+            "vram": {"metavar": "SIZE", "help": "device memory that it may take, e.g. 24GiB (default: no limit)"},
+            "ram": {"metavar": "SIZE", "help": "host memory that it may take, e.g. 64GiB (default: no limit)"},
+            "machine": {"metavar": "FILE", "help": "JSON with flops_per_s, h2d_bytes_per_s and so on"},
+            "json": {"action": "store_true", "help": "print JSON instead of a table"},
+        },
+    ),
     "sample": _Command(
         _sample,
         "draw pictures for prompts into one PNG, a row for each prompt",
@@ -202,7 +224,8 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
-    presets = "\n".join(f"  {name:<12}{_first_comment(name)}" for name in preset_names())
+    width = max(map(len, preset_names())) + 2
+    presets = "\n".join(f"  {name:<{width}}{_first_comment(name)}" for name in preset_names())
     parser = _Parser(
         prog="leapalign",
         formatter_class=raw,
@@ -261,13 +284,15 @@ def _transformer_folder(name: str | None) -> Path | None:
     raise UsageError(f"--transformer '{name}' holds no transformer (config.json); name a run's transformer/ folder")
 
 
-def _load_libraries(config: AlignConfig) -> None:
-    """Load torch, transformers and diffusers, without their notices and loading bars, and find model and device.
-
-    The environment's own TRANSFORMERS_VERBOSITY and DIFFUSERS_VERBOSITY win.
-    """
+def _quiet() -> None:
+    """No notices of transformers and diffusers; the environment's own TRANSFORMERS_VERBOSITY and the like win."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+
+
+def _load_libraries(config: AlignConfig) -> None:
+    """Load torch, transformers and diffusers, without their notices and loading bars, and find model and device."""
+    _quiet()
     from leapalign.pipeline import resolve_device, resolve_model
 
     resolve_model(config.pretrained_model_name_or_path)

@@ -241,7 +241,7 @@ def evaluate_command(
 
 def embedding_dtype(config: AlignConfig) -> torch.dtype:
     """The text encoders' dtype: bfloat16 where the transformer also computes in it."""
-    return torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
+    return torch.bfloat16 if "bf16" in (config.mixed_precision, config.weight_dtype) else torch.float32
 
 
 def _spread(count: int, most: int) -> list[int]:

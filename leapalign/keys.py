@@ -42,7 +42,7 @@ class ModelKeys(_Section):
     )
     """Where the run computes: auto (the GPU if there is one), cpu, mps, cuda or cuda:1."""
     mixed_precision: Literal["no", "bf16"] = "no"
-    """bf16 evaluates the models in bfloat16; the trained weights stay float32 either way."""
+    """bf16 evaluates the models in bfloat16, with float32 weights (executor autograd; streamed: see weight_dtype)."""
     gradient_checkpointing: bool = False
     """Recompute the transformer's blocks in backward: less memory, a third more arithmetic."""
     executor: Literal["autograd", "streamed"] = "autograd"
@@ -96,6 +96,14 @@ class OptimizerKeys(_Section):
     """Samples the models evaluate at once; null: train_batch_size. Less needs less memory and gives the same result."""
     max_train_steps: PositiveInt = 300
     """Optimizer steps of the run."""
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    """adamw keeps float32 moments, 8 bytes a parameter; adamw8bit (executor streamed) 2, and updates block by block."""
+    optimizer_device: Literal["host", "device"] = "host"
+    """Where adamw8bit updates: on the host, or on the device with weights and states streamed in and out."""
+    weight_dtype: Literal["float32", "bf16"] = "float32"
+    """Format of the trained weights, and what streamed computes in; bf16 (with adamw8bit) rounds stochastically."""
+    master: Literal["stochastic", "residual", "float32"] = "stochastic"
+    """How bf16 weights keep small updates: stochastic rounding alone, 8 more bits in a residual, or a float32 copy."""
     learning_rate: PositiveFloat = 1e-5
     """AdamW's learning rate after warm-up."""
     lr_scheduler: Literal["constant", "constant_with_warmup", "cosine", "linear"] = "constant"
@@ -111,9 +119,11 @@ class OptimizerKeys(_Section):
     adam_epsilon: PositiveFloat = 1e-8
     """AdamW's epsilon."""
     max_grad_norm: PositiveFloat = 1.0
-    """The global gradient norm is clipped to this."""
+    """The gradient norm is clipped to this; see clip."""
+    clip: Literal["global", "block", "none"] = "global"
+    """global: by the norm of all, which adamw8bit holds on the host (bf16: 2 bytes a parameter); block: by its own."""
     use_ema: bool = True
-    """Keep an exponential moving average of the weights; the final transformer/ is the average."""
+    """Keep an exponential moving average of the weights, in their dtype; the final transformer/ is the average."""
     ema_decay: float = Field(0.995, ge=0, lt=1)
     """Decay of the average an optimizer step."""
 
@@ -217,6 +227,7 @@ class AlignConfig(ValidationKeys, OutputKeys, OptimizerKeys, MethodKeys, DataKey
                 f"streamed_mode = {self.streamed_mode} has no effect with executor = {self.executor}; "
                 "use executor streamed, or leave streamed_mode out"
             )
+        self._optimizer_fits()
         if self.lr_warmup_steps and self.lr_scheduler == "constant":
             raise ValueError(
                 f"lr_warmup_steps = {self.lr_warmup_steps} has no effect with lr_scheduler = constant; "
@@ -233,10 +244,31 @@ class AlignConfig(ValidationKeys, OutputKeys, OptimizerKeys, MethodKeys, DataKey
         if self.mixed_precision != "no":
             raise ValueError(
                 f"mixed_precision = {self.mixed_precision} does not go with executor = streamed, which computes in the "
-                "dtype of the weights, float32; use mixed_precision no"
+                f"dtype of the weights, {self.weight_dtype}; use mixed_precision no, and weight_dtype bf16 with "
+                "optimizer adamw8bit for bfloat16"
             )
         if self.device == "mps":
             raise ValueError(f"device = {self.device} does not go with executor = streamed; use cuda or cpu")
+
+    def _optimizer_fits(self) -> None:
+        if self.optimizer == "adamw8bit":
+            if self.executor != "streamed":
+                raise ValueError(
+                    f"optimizer = adamw8bit does not go with executor = {self.executor}; "
+                    "use executor streamed, or optimizer adamw"
+                )
+            if self.master != "stochastic" and self.weight_dtype == "float32":
+                raise ValueError(
+                    f"master = {self.master} has no effect with weight_dtype = float32; "
+                    "use weight_dtype bf16, or leave master out"
+                )
+            return
+        for key in ("weight_dtype", "clip", "master", "optimizer_device"):
+            if getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(
+                    f"{key} = {getattr(self, key)} does not go with optimizer = {self.optimizer}; "
+                    f"use optimizer adamw8bit with executor streamed, or leave {key} out"
+                )
 
 
 @functools.cache

@@ -73,7 +73,7 @@ class FlowPipeline:
 
     Attributes:
         transformer: float32 weights that require grad; in eval mode (no dropout, so that a second evaluation is the
-            rollout's own). A StreamedModel has them in host memory and computes on the device.
+            rollout's own). A StreamedModel has them in host memory, perhaps in bfloat16, and computes on the device.
         vae: frozen, in eval mode, in its own dtype.
         scheduler: gives the sigmas; its stepping is not used.
         source: folder or hub id the pipeline came from.
@@ -159,10 +159,12 @@ def load_pipeline(
     mixed_precision: str = "no",
     vae_dtype: torch.dtype = torch.float32,
     plan: MemoryPlan | None = None,
+    weight_dtype: torch.dtype = torch.float32,
 ) -> FlowPipeline:
     """Load transformer, VAE and scheduler of a FLUX pipeline; the text encoders stay on the disk.
 
-    The transformer's weights are float32: AdamW steps of 1e-5 vanish in bfloat16 weights above 0.003.
+    The transformer's weights are float32 unless `plan` streams them: AdamW steps of 1e-5 vanish in bfloat16 weights
+    above 0.003, if they are rounded to nearest.
 
     Args:
         name: as for `resolve_model`.
@@ -170,6 +172,7 @@ def load_pipeline(
         mixed_precision: "bf16" evaluates the transformer under bfloat16 autocast; "no" in float32.
         vae_dtype: float32 keeps the reward's gradient exact; FLUX.1's VAE is small beside the transformer.
         plan: makes the transformer a StreamedModel with its weights in host memory; `device` is where it computes.
+        weight_dtype: of a StreamedModel's weights, which it computes in.
 
     Raises:
         UsageError: the model does not exist or cannot be loaded.
@@ -180,7 +183,7 @@ def load_pipeline(
     try:
         if plan is not None:
             assert mixed_precision == "no", "a streamed model computes in its weights' dtype"
-            model = _streamed(source, transformer, plan, torch.device(device))
+            model = _streamed(source, transformer, plan, torch.device(device), weight_dtype)
         elif transformer is None:
             model = FluxTransformer2DModel.from_pretrained(source, subfolder="transformer", torch_dtype=torch.float32)
         else:
@@ -214,11 +217,16 @@ def configured_pipeline(config: AlignConfig, transformer: str | Path | None = No
         transformer=transformer,
         mixed_precision=config.mixed_precision,
         plan=MemoryPlan(microbatch=config.microbatch) if config.executor == "streamed" else None,
+        weight_dtype=torch.bfloat16 if config.weight_dtype == "bf16" else torch.float32,
     )
 
 
 def _streamed(
-    source: Path | str, transformer: str | Path | None, plan: MemoryPlan, device: torch.device
+    source: Path | str,
+    transformer: str | Path | None,
+    plan: MemoryPlan,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> StreamedModel:
     """The transformer with its weights read from the files straight into the engine's host memory."""
     from leapalign.engine.streamed import StreamedModel
@@ -231,7 +239,7 @@ def _streamed(
         from huggingface_hub import snapshot_download
 
         folder = Path(snapshot_download(source, allow_patterns=["transformer/*"])) / "transformer"
-    return StreamedModel.from_pretrained(folder, plan, dtype=torch.float32, device=device)
+    return StreamedModel.from_pretrained(folder, plan, dtype=dtype, device=device)
 
 
 def _own_memory(model: torch.nn.Module) -> None:

@@ -47,7 +47,7 @@ def reference_gradients(
         weights = similarity_weights(d_j, d_0, method.tau)  # eq. 12
         x_0 = x_0.requires_grad_() if not x_0.requires_grad else x_0  # all parameters frozen
         rewards = score(reward, x_0).to(weights.dtype)
-        check_finite(rewards.detach(), "reward")
+        check_finite(rewards.detach(), "reward", range(len(rewards)))
         loss = hinge(rewards, weights, method.threshold).mean()  # eqs. 11, 13
     parameters = trainable(transformer)
     found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True) if parameters else ()

@@ -1,10 +1,14 @@
-"""What changes during a run: weights, optimizer states, average and step; updated, saved and restored here."""
+"""What changes during a run: weights, optimizer states, average and step; updated, saved and restored here.
+
+`TrainState` has torch's AdamW in float32, `leapalign.streamed_state.StreamedState` the engine's 8-bit one.
+"""
 
 from __future__ import annotations
 
 import json
 import math
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,12 +17,15 @@ from torch import Tensor
 
 from leapalign.engine import checkpoint as checkpoints
 from leapalign.engine.ema import EMA
+from leapalign.engine.saving import save_model
+from leapalign.engine.streamed import StreamedModel
+from leapalign.errors import UsageError
 from leapalign.keys import AlignConfig, DataKeys, MethodKeys, OptimizerKeys
 
 if TYPE_CHECKING:
     from diffusers import FluxTransformer2DModel
 
-    from leapalign.engine.streamed import StreamedModel
+FORMAT = ("optimizer", "weight_dtype", "master")  # keys that say what a checkpoint holds
 
 
 class TrainState:
@@ -49,6 +56,10 @@ class TrainState:
         self.step = 0
         self.skipped = 0
 
+    def delivery(self) -> AbstractContextManager[dict[str, Any]]:
+        """What `alignment_gradients` is to do with its gradients inside the block: return them, for `update`."""
+        return nullcontext({})
+
     def update(self, grads: dict[str, Tensor]) -> float:
         """Clip, AdamW, average: the one place where weights change. Returns the gradient's norm before clipping.
 
@@ -78,17 +89,23 @@ class TrainState:
 
     def save(self, output_dir: Path) -> Path:
         """Write checkpoint-<step>/, whole or not at all; delete the oldest beyond `checkpoints_total_limit`."""
-        checkpoint = checkpoints.checkpoint_folder(output_dir, self.step)
-        state = {"step": self.step, "skipped": self.skipped, "settings": self._course()}
-        with checkpoints.atomic_folder(checkpoint) as folder:
-            self.transformer.save_pretrained(folder / "transformer")
+        with new_checkpoint(output_dir, self.config, self.step, self.skipped) as folder:
+            self._write(folder / "transformer")
             if self.ema:
-                with self.averaged():
-                    self.transformer.save_pretrained(folder / "transformer_ema")
+                self.export(folder / "transformer_ema")
             checkpoints.save_optimizer(self.optimizer, self._names(), folder / "optimizer")
-            (folder / checkpoints.STATE_FILE).write_text(json.dumps(state, indent=1) + "\n")
-        checkpoints.prune(output_dir, self.config.checkpoints_total_limit)
-        return checkpoint
+        return checkpoints.checkpoint_folder(output_dir, self.step)
+
+    def export(self, folder: Path) -> None:
+        """Write what the run delivers, the average or the weights, as a diffusers folder."""
+        with self.averaged():
+            self._write(folder)
+
+    def _write(self, folder: Path) -> None:
+        if isinstance(self.transformer, StreamedModel):
+            save_model(self.transformer, folder)
+        else:
+            self.transformer.save_pretrained(folder)
 
     def restore(self, checkpoint: Path) -> list[str]:
         """Take everything from a checkpoint, bit for bit.
@@ -99,8 +116,7 @@ class TrainState:
         Raises:
             ValueError: the checkpoint is another model's.
         """
-        state = read_state(checkpoint)
-        warnings = []
+        state, warnings = read_state(checkpoint), []
         checkpoints.load_into(self.parameters, checkpoints.model_files(checkpoint / "transformer"))
         checkpoints.load_optimizer(self.optimizer, self._names(), checkpoint / "optimizer")
         average = checkpoints.model_files(checkpoint / "transformer_ema")
@@ -108,22 +124,60 @@ class TrainState:
             checkpoints.load_into(self.ema.tensors, average)
         elif self.ema:
             self.ema = EMA(self.parameters, self.config.ema_decay)
-            warnings.append(f"{checkpoint} has no average; it starts at the weights of step {state['step']}")
+            warnings.append(no_average(checkpoint, state["step"]))
         self.step, self.skipped = state["step"], state["skipped"]
-        saved = state["settings"]
-        changed = [f"{key} {saved.get(key)} -> {new}" for key, new in self._course().items() if saved.get(key) != new]
-        if changed:
-            warnings.append(f"settings differ from those of {checkpoint}: {', '.join(changed)}")
-        return warnings
+        return [*warnings, *changed_settings(self.config, checkpoint)]
 
     def _names(self) -> dict[Tensor, str]:
         return {parameter: name for name, parameter in self.parameters.items()}
 
-    def _course(self) -> dict[str, Any]:
-        """The settings that decide how the weights go, and so should not change on the way."""
-        other = {"cache_dir", "microbatch", "max_train_steps"}
-        keys = {key for section in (DataKeys, MethodKeys, OptimizerKeys) for key in section.model_fields} - other
-        return {key: value for key, value in self.config.model_dump(mode="json").items() if key in keys}
+
+@contextmanager
+def new_checkpoint(output_dir: Path, config: AlignConfig, step: int, skipped: int) -> Iterator[Path]:
+    """A folder to write into that becomes checkpoint-<step>/ at the block's end, whole or not at all.
+
+    The oldest beyond `checkpoints_total_limit` are then deleted.
+    """
+    state = {"step": step, "skipped": skipped, "settings": course(config)}
+    with checkpoints.atomic_folder(checkpoints.checkpoint_folder(output_dir, step)) as folder:
+        yield folder
+        (folder / checkpoints.STATE_FILE).write_text(json.dumps(state, indent=1) + "\n")
+    checkpoints.prune(output_dir, config.checkpoints_total_limit)
+
+
+def course(config: AlignConfig) -> dict[str, Any]:
+    """The settings that decide how the weights go, and so should not change on the way."""
+    other = {"cache_dir", "microbatch", "max_train_steps", "optimizer_device"}
+    keys = {key for section in (DataKeys, MethodKeys, OptimizerKeys) for key in section.model_fields} - other
+    return {key: value for key, value in config.model_dump(mode="json").items() if key in keys}
+
+
+def changed_settings(config: AlignConfig, checkpoint: Path) -> list[str]:
+    """A warning if the checkpoint's run had other settings; keys that are newer than it had their default then."""
+    saved, fields = read_state(checkpoint)["settings"], AlignConfig.model_fields
+    changed = [
+        f"{key} {before} -> {now}"
+        for key, now in course(config).items()
+        if (before := saved.get(key, fields[key].default)) != now
+    ]
+    return [f"settings differ from those of {checkpoint}: {', '.join(changed)}"] if changed else []
+
+
+def check_format(config: AlignConfig, checkpoint: Path) -> None:
+    """UsageError if a run of this config cannot go on from the checkpoint's states; before anything is written."""
+    saved = read_state(checkpoint)["settings"]
+    for key in FORMAT:
+        before = saved.get(key, AlignConfig.model_fields[key].default)
+        if before != getattr(config, key):
+            raise UsageError(
+                f"{key} = {getattr(config, key)}, but {checkpoint} holds the states of {key} = {before}; "
+                f"go on with {key} {before}, or start a new run from its transformer"
+            )
+
+
+def no_average(checkpoint: Path, step: int) -> str:
+    """The warning where a run that averages goes on from one that did not."""
+    return f"{checkpoint} has no average; it starts at the weights of step {step}"
 
 
 def learning_rate(config: AlignConfig, step: int) -> float:

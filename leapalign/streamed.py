@@ -13,7 +13,7 @@ that both also run on fake tensors.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -21,13 +21,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from leapalign.alignment import GradientResult, Reward, reward_gradient, timed
+from leapalign.alignment import GradientResult, Reward, check_finite, reward_gradient, timed
 from leapalign.engine.evaluation import Leg, ModulationRows, Modulations, Record
 from leapalign.engine.gradients import GradientDictionary, Sink
 from leapalign.engine.plan import MemoryPlan
 from leapalign.engine.streamed import StreamedModel
 from leapalign.engine.velocity import is_batched, select, timestep_scale
-from leapalign.engine.vjp import ensure_grads, trainable
+from leapalign.engine.vjp import trainable
 from leapalign.rollout import Trajectory, euler
 from leapalign.surrogates import LeapAlign, Surrogate, leapalign2, per_sample
 
@@ -70,13 +70,17 @@ def streamed_gradients(
     mode: Mode,
     microbatch: int | None,
     keep_block_inputs: bool,
+    scale: float = 1.0,
+    sink: Sink | None = None,
+    hold: bool = False,
 ) -> GradientResult:
     """`leapalign.alignment_gradients` with executor "streamed-paired" or "streamed-held"; see there.
 
-    The gradients come back on the host, 4 bytes a parameter (8 for float64).
+    Without a sink or `hold` the gradients come back on the host, 4 bytes a parameter (8 for float64).
     """
     seconds: dict[str, float] = {}
-    grads = GradientDictionary()
+    own = GradientDictionary() if sink is None and not hold else None
+    goal = own if own is not None else sink
     with streamed_model(transformer, microbatch) as model:
         parameters = trainable(model)
         keep = keep_block_inputs and bool(parameters)
@@ -92,12 +96,25 @@ def streamed_gradients(
             with timed(seconds, "vjp", model.device):
                 active = torch.nonzero(g.flatten(1).any(1)).flatten().tolist()
                 if parameters and active:
-                    streamed_vjps(model, conditioning, rolled, surrogate, g, mode=mode, sink=grads, active=active)
-                ensure_grads(grads.grads, parameters)
+                    streamed_vjps(
+                        model,
+                        conditioning,
+                        rolled,
+                        surrogate,
+                        g * scale,
+                        mode=mode,
+                        sink=goal,
+                        active=active,
+                        ready=refuse_infinite,
+                    )
+                elif parameters and goal is not None:
+                    model.deliver_held(goal)
+        except BaseException:
+            model.discard_held()  # no step would own these sums
+            raise
         finally:
             rolled.drop()
-            model.discard_held()  # nothing is held now, unless an error has left a sum that no step would own
-        found = {name: grads.grads[name] for name in parameters}
+        found = {name: own.grads[name] for name in parameters} if own is not None else {}
     return GradientResult(
         loss, rewards, surrogate.weights, surrogate.d_j, surrogate.d_0, found, pairs=pairs, seconds=seconds
     )
@@ -151,10 +168,13 @@ def streamed_vjps(
     g: Tensor,
     *,
     mode: Mode,
-    sink: Sink,
+    sink: Sink | None,
     active: Sequence[int] | None = None,
+    ready: Callable[[Sequence[Leg], Sequence[int]], None] | None = None,
 ) -> None:
     """Run the surrogate's legs from g = dL/dx_0 (eq. 10) and deliver every weight gradient once, finished, to `sink`.
+
+    Without a sink the weight gradients of all legs are added to the sums that the model holds.
 
     A leg that passes a gradient on runs before those that need it: "paired" for its input gradient alone, and in the
     last pass once more beside all the others; "held" with its weight gradients, which then wait on the host. Where the
@@ -164,6 +184,8 @@ def streamed_vjps(
         rolled: of the same model and conditioning; its steps are the legs', so sample b's leg l is at steps[b][-1 - l].
         g: (B, ...) in the latents' dtype.
         active: the samples to take; None for all. The others' g must be zero: they add nothing.
+        ready: called with the legs of the last product and their samples before it runs; what it raises comes before
+            anything is delivered.
     """
     trajectory, steps, batch = rolled.trajectory, rolled.steps, g.shape[0]
     samples = list(range(batch) if active is None else active)
@@ -193,7 +215,18 @@ def streamed_vjps(
             y = y + surrogate.discount * found["hidden_states"].to(y.dtype)
         if not (passes_on and mode == "held"):
             waiting.append(replace(leg, input_grads=()))  # with the record that a first pass has filled
-    model.vjp(waiting, params="deliver", sink=sink)
+    if ready is not None:
+        ready(waiting, samples)
+    model.vjp(waiting, params="accumulate" if sink is None else "deliver", sink=sink)
+
+
+def refuse_infinite(legs: Sequence[Leg], samples: Sequence[int]) -> None:
+    """FloatingPointError naming the samples of which a leg's cotangent is not finite.
+
+    A sink that updates weights would find out when the first units have been changed already.
+    """
+    for leg in legs:
+        check_finite(leg.cotangent, "the gradient at a leap's latents", samples)
 
 
 @contextmanager

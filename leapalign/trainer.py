@@ -15,6 +15,7 @@ from leapalign.alignment import Executor, GradientResult, alignment_gradients
 from leapalign.config import AlignConfig, check_output_dir, save_config
 from leapalign.draws import draw_noise, draw_pairs, draw_prompts
 from leapalign.engine import checkpoint as checkpoints
+from leapalign.engine.streamed import StreamedModel
 from leapalign.errors import UsageError
 from leapalign.evaluate import Evaluation, table
 from leapalign.interruption import Interruption
@@ -23,7 +24,8 @@ from leapalign.pipeline import configured_pipeline
 from leapalign.prompts import load_prompts
 from leapalign.rewards import LatentReward, RewardModel, load_reward
 from leapalign.sampling import prompt_store
-from leapalign.state import TrainState, learning_rate, read_state
+from leapalign.state import TrainState, check_format, learning_rate, read_state
+from leapalign.streamed_state import HalfUpdatedError, StreamedState
 from leapalign.surrogates import LeapAlign
 from leapalign.tracking import Tracking
 from leapalign.validation import Validation
@@ -101,6 +103,8 @@ class Trainer:
         """
         config = self.config
         start = check_output_dir(config)
+        if start is not None:
+            check_format(config, start)
         self._load()
         with self._open(start):
             self._begin(start)
@@ -120,13 +124,17 @@ class Trainer:
         """One optimizer step over the global batch; returns its row of metrics.jsonl.
 
         A reward or a gradient that is not finite leaves weights, optimizer states and average as they are.
+
+        Raises:
+            UsageError: a gradient was found not to be finite when others had been applied already.
         """
         start = time.perf_counter()
         self.state.step += 1
         seconds: dict[str, float] = {}
         row: dict[str, Any] = {"step": self.state.step, "skipped": False, "reason": None}
         try:
-            grads, scores = self._gradients(seconds)
+            with self.state.delivery() as how:
+                grads, scores = self._gradients(seconds, **how)
             update_start = time.perf_counter()
             grad_norm = self.state.update(grads)
             seconds["optimizer"] = time.perf_counter() - update_start
@@ -137,13 +145,21 @@ class Trainer:
             row |= {"skipped": True, "reason": str(error)}
             self.state.skipped += 1
             self._skipped_in_a_row += 1
+        except HalfUpdatedError as error:
+            raise UsageError(
+                f"step {self.state.step}: {error}; go on from the last checkpoint, where such a step is left out, with "
+                f"{self._resume_command()} --clip global"
+            ) from error
         seconds["total"] = time.perf_counter() - start
         return {**row, "lr": learning_rate(self.config, self.state.step), "seconds": seconds}
 
-    def _gradients(self, seconds: dict[str, float]) -> tuple[dict[str, Tensor], dict[str, float]]:
+    def _gradients(self, seconds: dict[str, float], **how: Any) -> tuple[dict[str, Tensor], dict[str, float]]:
         """Gradients and scores averaged over the global batch; each phase's time is added to `seconds`.
 
         Samples are numbered through the global batch, so noise and pairs do not depend on how it is split.
+
+        Args:
+            how: where the gradients go, if they are not to be returned; see `alignment_gradients`.
 
         Raises:
             FloatingPointError: a reward or its gradient is not finite.
@@ -154,16 +170,15 @@ class Trainer:
         results: list[GradientResult] = []
         for first in range(0, size * passes, size):
             texts = [self.train_prompts[index] for index in order[first : first + size]]
-            result = self._alignment_gradients(range(first, first + size), texts)
+            result = self._alignment_gradients(range(first, first + size), texts, scale=1 / passes, **how)
             for phase, value in result.seconds.items():
                 seconds[phase] = seconds.get(phase, 0.0) + value
-            if grads:
+            if grads and result.grads:
                 torch._foreach_add_(list(grads.values()), [result.grads[name] for name in grads])
             else:
                 grads.update(result.grads)
             result.grads.clear()  # as large as the model: only the sum is kept
             results.append(result)
-        torch._foreach_mul_(list(grads.values()), 1 / passes)
         rewards = torch.cat([result.rewards for result in results])
         return grads, {
             "reward": float(rewards.mean()),
@@ -173,7 +188,7 @@ class Trainer:
             "active": float((rewards < self.config.threshold).float().mean()),
         }
 
-    def _alignment_gradients(self, samples: range, texts: list[str]) -> GradientResult:
+    def _alignment_gradients(self, samples: range, texts: list[str], **how: Any) -> GradientResult:
         """Of one pass: the samples with these numbers in the global batch, and their prompts."""
         config, pipeline = self.config, self.pipeline
         noise = draw_noise(config.seed, self.state.step, samples, pipeline.latent_shape(config.resolution))
@@ -187,6 +202,7 @@ class Trainer:
             pairs=draw_pairs(config.seed, self.state.step, samples, config.num_inference_steps),
             executor=EXECUTORS[config.executor, config.streamed_mode],
             microbatch=config.microbatch,
+            **how,
         )
 
     def _refuse_divergence(self, row: dict[str, Any]) -> None:
@@ -210,7 +226,12 @@ class Trainer:
         if config.gradient_checkpointing and config.executor == "autograd":  # streamed always recomputes the blocks
             self.pipeline.transformer.enable_gradient_checkpointing()
         self.reward = self._given_reward or load_reward(config)
-        self.state = TrainState(self.pipeline.transformer, config)
+        self.state: TrainState | StreamedState
+        if config.optimizer == "adamw8bit":
+            assert isinstance(self.pipeline.transformer, StreamedModel), "the config streams with this optimizer"
+            self.state = StreamedState(self.pipeline.transformer, config)
+        else:
+            self.state = TrainState(self.pipeline.transformer, config)
         self._skipped_in_a_row = 0
 
     def _open(self, start: Path | None) -> Tracking:
@@ -242,13 +263,15 @@ class Trainer:
         saved = checkpoints.checkpoint_folder(self.output_dir, self.state.step)
         if saved not in checkpoints.list_checkpoints(self.output_dir):
             self._save_checkpoint()
-        command = f"leapalign align {shlex.quote(str(self.output_dir / 'config.yaml'))} --resume_from_checkpoint latest"
-        return Outcome(True, command, Summary(self.state.step, saved))
+        return Outcome(True, self._resume_command(), Summary(self.state.step, saved))
+
+    def _resume_command(self) -> str:
+        return f"leapalign align {shlex.quote(str(self.output_dir / 'config.yaml'))} --resume_from_checkpoint latest"
 
     def _finish(self) -> Outcome:
         """transformer/ with the average (or the weights), the last validation, the picture and the model card."""
-        with self.state.averaged(), checkpoints.atomic_folder(self.output_dir / "transformer") as folder:
-            self.pipeline.transformer.save_pretrained(folder)
+        with checkpoints.atomic_folder(self.output_dir / "transformer") as folder:
+            self.state.export(folder)
         after = self._validate()
         picture = self.validation.compare(self.before, after)
         card = model_card(

@@ -138,7 +138,7 @@ def test_the_environment_can_ask_for_the_traceback(run, trainer, monkeypatch):
 MISTAKES = [
     ("algin CONFIG", ["unknown command 'algin'", "nearest is 'align'"]),
     ("--seed 3 align CONFIG", ["'--seed' stands before the command"]),
-    ("align", ["align needs a CONFIG: a preset (flux1_dev, shapes) or a YAML file"]),
+    ("align", ["align needs a CONFIG: a preset (flux1_dev, ", ", shapes) or a YAML file"]),
     ("align CONFIG extra", ["unrecognized arguments: extra"]),
     ("align none.yaml", ["config file 'none.yaml' does not exist"]),
     ("align shaeps", ["nearest preset is 'shapes'"]),
@@ -220,7 +220,7 @@ def test_a_mistake_in_a_process_of_its_own(words, line, expected, pytestconfig):
 def test_help_lists_commands_and_presets(capsys):
     assert main(["--help"]) == DONE
     text = capsys.readouterr().out
-    for word in ("align", "sample", "evaluate", "embed", "flux1_dev", "shapes"):
+    for word in ("align", "plan", "sample", "evaluate", "embed", "flux1_dev", "shapes"):
         assert word in text
 
 
@@ -235,7 +235,7 @@ def test_align_help_lists_every_key_with_its_default(capsys, monkeypatch):
     assert "(required)" in text
 
 
-@pytest.mark.parametrize("command", ["sample", "evaluate", "embed"])
+@pytest.mark.parametrize("command", ["plan", "sample", "evaluate", "embed"])
 def test_every_command_has_help(command, capsys):
     assert main([command, "-h"]) == DONE
     assert f"leapalign {command} CONFIG" in capsys.readouterr().out

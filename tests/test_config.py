@@ -39,7 +39,10 @@ def yaml_file(tmp_path):
 
 
 def test_presets_load_and_carry_the_settings_they_are_named_for():
-    assert preset_names() == ["flux1_dev", "shapes"]
+    planned = ["flux1_dev_12gb", "flux1_dev_24gb", "flux1_dev_48gb", "flux1_dev_8gb", "sd35_medium_16gb"]
+    assert preset_names() == sorted(["flux1_dev", *planned, "shapes"])
+    for name in planned:
+        assert load_config(name).optimizer == "adamw8bit"
     assert load_config("shapes").pretrained_model_name_or_path == "shapes"
     paper = load_config("flux1_dev")
     assert paper.train_batch_size * paper.gradient_accumulation_steps == 64
@@ -179,6 +182,12 @@ def test_nearest_always_names_a_key(word):
         (["--executor=streamed", "--mixed_precision=bf16"], ["mixed_precision = bf16", "use mixed_precision no"]),
         (["--executor=streamed", "--device=mps"], ["device = mps", "use cuda or cpu"]),
         (["--streamed_mode", "held"], ["streamed_mode = held has no effect", "use executor streamed"]),
+        (["--optimizer", "adamw8bit"], ["optimizer = adamw8bit", "use executor streamed, or optimizer adamw"]),
+        (["--weight_dtype", "bf16"], ["weight_dtype = bf16", "use optimizer adamw8bit", "leave weight_dtype out"]),
+        (["--executor=streamed", "--clip=none"], ["clip = none", "use optimizer adamw8bit"]),
+        (["--optimizer_device", "device"], ["optimizer_device = device", "leave optimizer_device out"]),
+        (["--executor=streamed", "--optimizer=adamw8bit", "--master=residual"], ["no effect", "use weight_dtype bf16"]),
+        (["--optimizer", "adam"], ["optimizer = 'adam'", "one of adamw, adamw8bit"]),
         (["--seed", "x", "--tau", "x"], ["and 1 more"]),
         (["stray"], ["unexpected argument 'stray'"]),
     ],
@@ -215,7 +224,7 @@ def test_a_mistake_in_the_file_is_one_line_that_names_it(yaml_file, text, expect
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("shaeps", ["neither a preset (flux1_dev, shapes) nor a file", "nearest preset is 'shapes'"]),
+        ("shaeps", ["neither a preset (flux1_dev, ", ", shapes) nor a file", "nearest preset is 'shapes'"]),
         ("there/is/none.yaml", ["config file 'there/is/none.yaml' does not exist"]),
         ("none.yaml", ["config file 'none.yaml' does not exist"]),
     ],

@@ -12,9 +12,10 @@ from torch.nn import functional
 
 from bench import record
 from bench.__main__ import main
-from bench.counting import DeviceCounter
-from bench.devices import HostAndDevice, gpu_operators
-from bench.simulate import FLUX1_DEV, Workload, simulate
+from bench.devices import HostAndDevice
+from bench.simulate import Workload, simulate
+from leapalign.architectures import FLUX1_DEV
+from leapalign.engine.counting import DeviceCounter, gpu_operators
 from leapalign.engine.plan import MemoryPlan
 
 GIB = 2**30

@@ -47,8 +47,9 @@ def rows(run: Trainer) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run.output_dir / "metrics.jsonl").read_text().splitlines()]
 
 
-def everything(state: TrainState) -> dict[str, Tensor]:
+def everything(state: Any) -> dict[str, Tensor]:
     """Weights, average and optimizer states by name."""
+    assert isinstance(state, TrainState)
     found = {f"w/{name}": p.detach() for name, p in state.parameters.items()}
     found |= {f"ema/{name}": t for name, t in (state.ema.tensors if state.ema else {}).items()}
     for name, parameter in state.parameters.items():
@@ -56,7 +57,7 @@ def everything(state: TrainState) -> dict[str, Tensor]:
     return found
 
 
-def assert_same_bits(found: TrainState, expected: TrainState) -> None:
+def assert_same_bits(found: Any, expected: Any) -> None:
     ours, theirs = everything(found), everything(expected)
     assert ours.keys() == theirs.keys()
     assert not [name for name in ours if not torch.equal(ours[name], theirs[name])]
@@ -118,6 +119,7 @@ def test_a_row_a_step_says_all_of_it(whole: tuple[Trainer, Outcome]) -> None:
 def test_the_result_is_the_average_and_loads_as_a_stock_transformer(whole: tuple[Trainer, Outcome]) -> None:
     run, outcome = whole
     loaded = dict(FluxTransformer2DModel.from_pretrained(outcome.summary.result).named_parameters())
+    assert isinstance(run.state, TrainState)
     assert run.state.ema is not None
     assert all(torch.equal(loaded[name], average) for name, average in run.state.ema.tensors.items())
     assert any(not torch.equal(loaded[name], p) for name, p in run.state.parameters.items())
@@ -316,6 +318,7 @@ def test_accumulated_runs_end_with_the_same_weights(folder: Path, tmp_path: Path
         config = tiny_config(folder, tmp_path / name, max_train_steps=3, adam_epsilon=1.0, learning_rate=0.1, **changes)
         run = Trainer(config, reward=ColourReward())
         run.run()
+        assert isinstance(run.state, TrainState)
         return run.state
 
     whole, parts = end("one", train_batch_size=6), end("two", train_batch_size=3, gradient_accumulation_steps=2)
@@ -353,6 +356,7 @@ def test_the_streamed_executor_makes_the_same_run(folder: Path, tmp_path: Path, 
         ours, theirs = getattr(found.summary, when), getattr(expected.summary, when)
         torch.testing.assert_close(ours.rewards, theirs.rewards, rtol=1e-4, atol=1e-5)
     loaded = dict(FluxTransformer2DModel.from_pretrained(found.summary.result).named_parameters())
+    assert isinstance(streamed.state, TrainState)
     assert streamed.state.ema is not None
     assert all(torch.equal(loaded[name], average) for name, average in streamed.state.ema.tensors.items())
 
