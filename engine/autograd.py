@@ -74,7 +74,7 @@ def _add_to_grad(model: StreamedModel, leg: Leg) -> dict[str, Tensor]:
     adopt_grads(model)
     (found,) = model.products([leg], "accumulate", GRAD, None)
     parameters = dict(model.named_parameters())
-    for unit in model.gradient_sums(GRAD):
+    for unit in model.sums.units(GRAD):
         for name, view in model.store.views(unit, GRAD).items():
             if parameters[name].requires_grad:
                 parameters[name].grad = view
@@ -90,7 +90,7 @@ def adopt_grads(model: StreamedModel) -> None:
     store = model.store
     store.allocate(GRAD, store.dtype)
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    filled = model.gradient_sums(GRAD)
+    filled = model.sums.units(GRAD)
     for unit in store.units:
         views = store.views(unit, GRAD)
         filled.discard(unit)

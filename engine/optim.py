@@ -137,7 +137,7 @@ class AdamW8bit(torch.optim.Optimizer):
             Whether weights changed: False if a gradient is not finite.
         """
         model = self._bound()
-        units = model.take_sums(kind)
+        units = model.sums.take(kind)
         wanted = self._groups()
         norms = {
             unit: math.sqrt(sum(square_sum(g) for name, g in gradients.items() if name in wanted))
@@ -167,8 +167,8 @@ class AdamW8bit(torch.optim.Optimizer):
         """
         if self.clip == "global":
             raise ValueError(
-                "clip='global' needs every gradient before the first update: hold them (streamed_mode held), or use "
-                "clip='block' or 'none'"
+                "clip='global' needs every gradient before the first update: accumulate, then step_from('held'); "
+                "or use clip='block' or 'none'"
             )
         self._bound()
         sink = InBackward(self, self._groups())
@@ -184,7 +184,7 @@ class AdamW8bit(torch.optim.Optimizer):
             if sink.updated:
                 raise RuntimeError(
                     f"the gradient of {sink.broken} is not finite, and {len(sink.updated)} units are updated already: "
-                    "restore the last checkpoint, and hold gradients (streamed_mode held) to be safe"
+                    "restore the last checkpoint; clip='global' never updates before all gradients are known"
                 )
             self.steps -= 1
             raise FloatingPointError(f"the gradient of {sink.broken} is not finite")
@@ -243,6 +243,9 @@ class AdamW8bit(torch.optim.Optimizer):
         )
 
     def _finish(self) -> None:
+        """The step is over: weights and states are in host memory, for whoever reads them there."""
+        if self.placement == "device":
+            self._bound().streamer.drain()
         for state in self.state.values():
             state["step"] = self.steps
 

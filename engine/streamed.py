@@ -22,16 +22,15 @@ from leapalign.engine.backward import Backward
 from leapalign.engine.checkpoint import model_files
 from leapalign.engine.evaluation import Evaluation, Leg, ModulationRows, Modulations, Record, batch_size
 from leapalign.engine.gradients import Gradients, Sink
-from leapalign.engine.hoisting import HoistedBackward, held_linears, hoist
-from leapalign.engine.modulation import OuterProduct
+from leapalign.engine.hoisting import HoistedBackward, hoist
 from leapalign.engine.optim import AdamW8bit
 from leapalign.engine.passes import Parts, forward
 from leapalign.engine.plan import MemoryPlan
 from leapalign.engine.store import BlockStore
 from leapalign.engine.streamer import Streamer
+from leapalign.engine.sums import HeldSums
 from leapalign.engine.units import (
     adopt,
-    modulation_unit,
     one_dtype,
     resident_units,
     saved_buffers,
@@ -39,6 +38,7 @@ from leapalign.engine.units import (
     units_of,
 )
 from leapalign.engine.weights import Weights
+from leapalign.engine.wrapper import Wrapper
 
 __all__ = ["Leg", "ModulationRows", "Modulations", "Record", "StreamedModel"]
 
@@ -47,7 +47,7 @@ STAGING_SLOTS = 8  # 3 are read, 3 prefetched (input, modulation, gradient), 2 l
 _OWNER = "_streamed_by"  # attribute of the wrapped module: a weak reference to its StreamedModel
 
 
-class StreamedModel(nn.Module):
+class StreamedModel(Wrapper):
     """A drop-in for a diffusers transformer that keeps nothing model-sized on the device.
 
     The wrapped module's parameters become views of one host allocation; they stay the same objects under the same
@@ -58,6 +58,8 @@ class StreamedModel(nn.Module):
     node: `loss(model(...)).backward()` leaves gradients in `parameter.grad`, on the host and in the parameter's dtype,
     and input gradients where inputs require them. Hooks on parameters are not called. The memory of `grad` is the
     store's: after `zero_grad()` the next backward pass writes there, so clone a gradient that is to outlive it.
+
+    Gradients that wait on the host between products are `sums`.
 
     A trainer that knows its cotangents uses `evaluate`, `vjp` and `hoist` instead, which also choose what is kept.
     """
@@ -85,7 +87,6 @@ class StreamedModel(nn.Module):
         Raises:
             ValueError: a model of another kind, of several dtypes, or one that is streamed already.
         """
-        super().__init__()
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         plan = plan or MemoryPlan()
         if isinstance(transformer, nn.Module):
@@ -93,11 +94,11 @@ class StreamedModel(nn.Module):
         else:
             backbone, device = transformer, transformer.device
         module = backbone.module
+        super().__init__(module)
         owner = module.__dict__.get(_OWNER, lambda: None)()
         if owner is not None and owner._unhook.alive:
             raise ValueError(f"this {type(module).__name__} is streamed already: close() the other StreamedModel first")
         module.__dict__[_OWNER] = weakref.ref(self)
-        self.__dict__["module"] = module  # not a submodule: its parameters keep their names
         self.plan, self.device, self.backbone = plan, device, backbone
         self.timestep_scale = backbone.timestep_scale
         units, unit_of = units_of(backbone)
@@ -122,7 +123,7 @@ class StreamedModel(nn.Module):
             unit_of=unit_of,
             trainable=self._trainable,
         )
-        self._factors: dict[str, list[tuple[Tensor, Tensor]]] = {}  # held gradients of modulation linears
+        self.sums = HeldSums(self._parts)
         self.optimizer = optimizer
         if optimizer is not None:
             optimizer.bind(self)
@@ -289,74 +290,6 @@ class StreamedModel(nn.Module):
             raise ValueError(f"params={params!r} with sink={sink!r}: give a sink for 'deliver', and only then")
         return self.products(legs, params, "held", sink)
 
-    def gradient_sums(self, kind: str) -> set[str]:
-        """The units that have a sum of this kind in the store; the set that the engine itself reads and changes."""
-        return self._parts.gradients.filled.setdefault(kind, set())
-
-    def take_sums(self, kind: str) -> dict[str, dict[str, Tensor | OuterProduct]]:
-        """{unit: {full parameter name: gradient}} of the sums of a kind, on the host; they count as spent.
-
-        The tensors are views of the store, in the weights' dtype, valid until the next product.
-        """
-        self._parts.gradients.settle(kind)
-        found: dict[str, dict[str, Tensor | OuterProduct]] = {}
-        for unit in self._parts.gradients.filled.pop(kind, set()):
-            views = self.store.views(unit, kind)
-            found[unit] = {name: views[name] for name in self._trainable(unit)}
-        if kind == "held":
-            found |= held_linears(self._parts, self._factors, self._trainable)
-            self._factors.clear()
-        return {unit: found[unit] for unit in self.store.units if unit in found}
-
-    def hold_zeros(self) -> None:
-        """Hold zero for every trainable unit that has no sum yet: the gradient where no sample is active."""
-        self.store.allocate("held", self.store.dtype)
-        self._parts.gradients.settle("held")
-        factors, filled = self._zero_factors(), self.gradient_sums("held")
-        self._factors = {**factors, **self._factors}
-        for unit in self.store.units:
-            if self._trainable(unit) and unit not in filled and unit not in self._factors:
-                self.store.region(unit, "held").zero_()
-                filled.add(unit)
-
-    @torch.no_grad()
-    def deliver_held(self, sink: Sink) -> None:
-        """What `vjp` with "deliver" does, for no leg at all: every unit's held sum, or zero, goes to the sink."""
-        gradients, target = self._parts.gradients, torch.device("cpu") if sink.on_host else self.device
-        factors = {
-            unit: [(left.to(target), right.to(target)) for left, right in held]
-            for unit, held in {**self._zero_factors(), **self._factors}.items()
-        }
-        linears = held_linears(self._parts, factors, self._trainable)
-        try:
-            for unit in self.store.units:
-                if unit in linears:
-                    sink(unit, linears[unit])
-                elif names := self._trainable(unit):
-                    with gradients.sum(unit, carry="held"):
-                        pass
-                    gradients.deliver(unit, names, sink)
-            gradients.flush()
-            self._parts.weights.settle()
-        finally:
-            gradients.cancel()
-        self._factors.clear()
-
-    def _zero_factors(self) -> dict[str, list[tuple[Tensor, Tensor]]]:
-        """{unit: factors without rows} of all trainable hoisted linears."""
-        found = {}
-        for stage in stages_of(self.backbone):
-            if stage.modulation and self._trainable(unit := modulation_unit(stage)):
-                shapes = [self.store.units[unit].shapes[f"{linear}.weight"] for linear in stage.modulation]
-                left = torch.zeros(0, sum(shape[0] for shape in shapes), dtype=self.store.dtype)
-                found[unit] = [(left, torch.zeros(0, shapes[0][1], dtype=self.store.dtype))]
-        return found
-
-    def discard_held(self) -> None:
-        """Forget held gradients that were accumulated and never delivered."""
-        self._parts.gradients.filled.pop("held", None)
-        self._factors.clear()
-
     def refresh(self) -> None:
         """Take the host's weights anew. Needed after changes that torch does not count: through `.data`, or numpy.
 
@@ -413,7 +346,7 @@ class StreamedModel(nn.Module):
                     leg.record, leg.record_rows = evaluation.record, None
             backward = Backward(parts, list(zip(legs, evaluations, strict=True)), params, kind, sink)
             found = backward.run()
-            HoistedBackward(backward, self._factors).run()
+            HoistedBackward(backward, self.sums.factors).run()
             if params == "deliver" and sink is not None:
                 self._deliver_unused(backward, sink)
             parts.gradients.flush()
@@ -487,55 +420,6 @@ class StreamedModel(nn.Module):
         """Give back the modulations that were made for one evaluation alone."""
         if given is None and evaluation.modulations is not None:
             evaluation.modulations.source.drop()
-
-    # ---- the wrapped module ----------------------------------------------------------------------------------------
-
-    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
-        yield from self.module.named_parameters(*args, **kwargs)
-
-    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
-        yield from self.module.named_modules(*args, **kwargs)
-
-    def named_buffers(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Tensor]]:
-        yield from self.module.named_buffers(*args, **kwargs)
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        return self.module.state_dict(*args, **kwargs)
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Copies into the store; `assign` would take the parameters out of it."""
-        if assign:
-            raise ValueError("assign=True would take the weights out of the streamed store; use assign=False")
-        return self.module.load_state_dict(state_dict, strict=strict)
-
-    def train(self, mode: bool = True) -> StreamedModel:
-        self.training = mode
-        self.module.train(mode)
-        return self
-
-    def to(self, *args: Any, **kwargs: Any) -> StreamedModel:
-        """Stays where it is: weights on the host, computation on `device`.
-
-        Raises:
-            ValueError: another dtype; convert the transformer before it is wrapped.
-        """
-        _, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
-        if dtype is not None and dtype != self.store.dtype:
-            raise ValueError(
-                f"dtype={dtype}: this model streams {self.store.dtype}; convert the transformer, then wrap"
-            )
-        return self
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        raise ValueError("the weights of a streamed model stay in its store; convert the transformer, then wrap it")
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if "module" not in self.__dict__:
-                raise
-            return getattr(self.__dict__["module"], name)
 
     def _trainable(self, unit: str) -> tuple[str, ...]:
         names = self.store.units[unit].shapes

@@ -113,7 +113,7 @@ def alignment_gradients(
             instead of the result. Once every unit, zeros if no sample is active.
         hold: streamed executors with a StreamedModel: add the gradients to the sums that the model holds on the host,
             in the weights' dtype. A later call with a sink delivers them, or the caller takes them
-            (`model.take_sums("held")`, `AdamW8bit.step_from("held")`). Errors in the reward or a product discard them.
+            (`model.sums.take("held")`, `AdamW8bit.step_from("held")`). Errors in the reward or a product discard them.
 
     Raises:
         ValueError: an argument of the wrong shape, range or kind, or a reward that is not differentiable.

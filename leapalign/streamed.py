@@ -108,9 +108,9 @@ def streamed_gradients(
                         ready=refuse_infinite,
                     )
                 elif parameters and goal is not None:
-                    model.deliver_held(goal)
+                    model.sums.deliver(goal)
         except BaseException:
-            model.discard_held()  # no step would own these sums
+            model.sums.discard()  # no step would own these sums
             raise
         finally:
             rolled.drop()

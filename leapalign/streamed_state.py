@@ -96,7 +96,7 @@ class StreamedState:
         """
         assert not grads, "the streamed optimizer takes no whole gradients"
         if self.holds:
-            self.model.hold_zeros()  # a batch without an active sample is a step with gradient zero
+            self.model.sums.fill()  # a batch without an active sample is a step with gradient zero
             if not self.optimizer.step_from("held"):
                 raise FloatingPointError("gradient norm is not finite")
         return self.optimizer.gradient_norm

@@ -327,7 +327,7 @@ def test_embed_takes_the_distinct_prompts_of_both_sources(run, monkeypatch, caps
 
 
 def test_sample_writes_a_sheet_of_the_packaged_pipeline(tmp_path, capsys):
-    from PIL import Image
+    from PIL import Image, ImageChops
 
     def sheet(name, *prompts):
         flags = [word for prompt in prompts for word in ("--prompt", prompt)]
@@ -342,7 +342,9 @@ def test_sample_writes_a_sheet_of_the_packaged_pipeline(tmp_path, capsys):
     one = sheet("one.png", "a blue square")
     assert one.width == two.width
     below = two.crop((0, two.height - one.height, two.width, two.height))
-    assert one.tobytes() == below.tobytes()  # pictures do not depend on the other prompts
+    # Pictures do not depend on the other prompts; a product of another batch size may round a pixel to the next level.
+    differences = ImageChops.difference(one.convert("RGB"), below.convert("RGB"))
+    assert max(differences.tobytes()) <= 1
     assert not list(tmp_path.glob(".*"))
 
 

@@ -56,7 +56,7 @@ def model(make_transformer: Any, request: Any, float64_throughout: Any) -> Itera
 
 
 def dense(model: StreamedModel) -> dict[str, Tensor]:
-    sums = model.take_sums("held")
+    sums = model.sums.take("held")
     found: dict[str, Tensor] = {}
     for gradients in sums.values():
         found |= {n: g.expand(torch.float64) if isinstance(g, OuterProduct) else g for n, g in gradients.items()}
@@ -98,13 +98,13 @@ def test_passes_that_were_held_come_with_the_last_one(
     sums = dense(model)
     assert sums.keys() == mean.keys()
     assert worst_error(sums, mean)[0] <= 1
-    assert not model.take_sums("held")
+    assert not model.sums.take("held")
 
     # A last pass without an active sample delivers what was held.
     alignment_gradients(model, **problem, executor=mode, hold=True)
     last = alignment_gradients(model, **{**other, "method": ABOVE}, executor=mode)
     assert worst_error(last.grads, one.grads)[0] <= 1
-    assert not model.take_sums("held")
+    assert not model.sums.take("held")
 
 
 @pytest.mark.parametrize("on_host", [True, False])
@@ -119,7 +119,7 @@ def test_without_an_active_sample_every_gradient_is_zero(
     assert not any(gradient.any() for gradient in sink.grads.values())
 
     alignment_gradients(model, **{**problem, "method": ABOVE}, executor="streamed-paired", hold=True)
-    model.hold_zeros()
+    model.sums.fill()
     sums = dense(model)
     assert {name: gradient.shape for name, gradient in sums.items()} == trainable
     assert not any(gradient.any() for gradient in sums.values())
@@ -129,7 +129,7 @@ def test_zeros_are_held_only_where_nothing_is(model: StreamedModel, problem: dic
     alignment_gradients(model, **problem, executor="streamed-held", hold=True)
     expected = {name: gradient.clone() for name, gradient in dense(model).items()}
     alignment_gradients(model, **problem, executor="streamed-held", hold=True)
-    model.hold_zeros()
+    model.sums.fill()
     found = dense(model)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], gradient) for name, gradient in expected.items())
@@ -151,7 +151,7 @@ def test_an_error_discards_what_was_held(model: StreamedModel, problem: dict[str
     broken = {**problem, "reward": lambda latents: reward(latents) * torch.nan}
     with pytest.raises(FloatingPointError, match=r"samples \[0, 1, 2\]"):
         alignment_gradients(model, **broken, executor="streamed-held", hold=True)
-    assert not model.take_sums("held")
+    assert not model.sums.take("held")
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -174,7 +174,7 @@ def test_a_cotangent_that_is_not_finite_comes_before_the_sink(
     with pytest.raises(FloatingPointError, match=r"the gradient at a leap's latents is not finite for samples \[2\]"):
         alignment_gradients(model, **shifted, executor=mode, sink=sink)
     assert not sink.grads
-    assert not model.take_sums("held")
+    assert not model.sums.take("held")
 
 
 @pytest.mark.parametrize(

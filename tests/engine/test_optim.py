@@ -220,6 +220,6 @@ def test_what_does_not_fit_is_refused(make_transformer: Any) -> None:
     model = made(make_transformer)
     with pytest.raises(ValueError, match="has a model already"):
         StreamedModel(make_transformer("flux"), None, model.optimizer, device="cpu")
-    with pytest.raises(ValueError, match="streamed_mode held"), model.optimizer.in_backward():
+    with pytest.raises(ValueError, match="step_from"), model.optimizer.in_backward():
         pass
     model.close()

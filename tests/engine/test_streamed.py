@@ -86,7 +86,7 @@ def test_held_and_delivered_sums_add_up(hoist: bool, make_transformer: Any, make
     model.vjp(legs[2:], params="deliver", sink=(one_by_one := GradientDictionary()))
     model.vjp(legs, params="deliver", sink=(together := GradientDictionary()))  # nothing is held any more
     model.vjp(legs[:1], params="accumulate")
-    model.discard_held()
+    model.sums.discard()
     model.vjp(legs, params="deliver", sink=(discarded := GradientDictionary()))
     for sink in (one_by_one, together, discarded):
         error, name = worst_error(sink.grads, expected)
