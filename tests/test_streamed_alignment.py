@@ -305,7 +305,7 @@ def test_somebody_elses_flow_through_the_generic_backbone(mode: Any, worst_error
 
 def test_200_steps_with_random_delays_give_the_same_bits() -> None:
     """Every copy takes up to 0.4 ms more in three of four runs; other slots, placement of copies and modes in turn."""
-    compare_bits(BlockFlow().streamed, block_flow_problem(), runs=200)
+    compare_bits(lambda *arguments: BlockFlow().streamed(*arguments), block_flow_problem(), runs=200)
 
 
 def test_hoisted_steps_with_random_delays_give_the_same_bits(make_transformer: Any, make_inputs: Any) -> None:
