@@ -4,14 +4,16 @@
 # make clean   removes .venv, build/ and the caches; runs under outputs/ stay
 #
 # Variables: PYTHON (3.11 or newer), CONFIG and ARGS (for align: a preset or a YAML file, and overrides such as
-# ARGS="--seed 1"; for test: ARGS are pytest's), OUTPUT, TORCH_INDEX (an index with the torch build you want, such as the
-# CPU one of download.pytorch.org; by default pip's own settings hold).
+# ARGS="--seed 1"; for test: ARGS are pytest's), WORKERS (processes of the test suite, one thread each), OUTPUT,
+# TORCH_INDEX (an index with the torch build you want, such as the CPU one of download.pytorch.org; by default pip's
+# own settings hold).
 
 PYTHON ?= python3
 VENV ?= .venv
 CONFIG ?= shapes
 OUTPUT ?= outputs/$(basename $(notdir $(CONFIG)))
 ARGS ?=
+WORKERS ?= auto
 TORCH_INDEX ?=
 
 BIN := $(VENV)/bin
@@ -28,7 +30,7 @@ align: install
 	$(BIN)/leapalign align $(CONFIG) --output_dir "$$folder" $(ARGS)
 
 test: dev
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 check: dev
 	$(BIN)/python -m ruff check .

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from functools import cached_property
 from typing import Any, Literal
 
 
@@ -107,24 +108,24 @@ class MemoryPlan:
         """Whether condition, stem and head stay on the device too."""
         return self.resident not in ("none", 0)
 
-    @property
+    @cached_property
     def peak_device_bytes(self) -> int:
         """The most of all phases; 0 without predictions."""
         return max((phase.device_bytes for phase in self.phases), default=0)
 
-    @property
+    @cached_property
     def peak_host_bytes(self) -> int:
         """The most of all phases; 0 without predictions."""
         return max((phase.host_bytes for phase in self.phases), default=0)
 
-    @property
+    @cached_property
     def seconds(self) -> float:
         """Of one step, in whole microseconds; 0 without predictions."""
         return round(sum(phase.seconds for phase in self.phases), 6)
 
     def as_dict(self) -> dict[str, Any]:
         """Decisions and predictions for JSON."""
-        decisions = {name: value for name, value in vars(self).items() if name != "phases"}
+        decisions = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "phases"}
         return {
             **decisions,
             "peak_device_bytes": self.peak_device_bytes,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import cached_property
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from leapalign.engine.workload import Budget, Machine, Workload, spell_bytes
 
 EVERY = (1, 2, 4, 8)
 MICROBATCHES = (1, 2, 4, 8)
-RESIDENCIES = 12  # numbers of resident blocks that are looked at, between none and all
+RESIDENCIES = 6  # numbers of resident blocks that are looked at, between none and all
 
 
 class BudgetError(ValueError):
@@ -84,24 +85,28 @@ class Planner:
         if isinstance(model, nn.Module):
             model = backbone_of(model, hoist=hoist, device=torch.device("meta"))
         self.costs = StageCosts(model, workload)
-        self._plans: dict[int, list[MemoryPlan]] = {}
 
     def plan(self, budget: Budget) -> MemoryPlan:
         """See `plan_memory`."""
-        fitting = [plan for plan in self.plans() if fits(plan, budget)]
-        if not fitting:
+        found = next((plan for plan in self._best if fits(plan, budget)), None)
+        if found is None:
             raise self._refusal(budget)
-        return min(fitting, key=lambda plan: (plan.seconds, plan.peak_device_bytes, plan.peak_host_bytes))
+        return found
 
-    def plans(self, batch: int | None = None) -> list[MemoryPlan]:
-        """All plans for this batch, whatever they need."""
-        batch = batch or self.workload.batch
-        if batch not in self._plans:
-            workload = self.workload.with_batch(batch)
-            self._plans[batch] = [
-                plan for choice in self._choices(workload) for plan in self._variants(choice, workload)
-            ]
-        return self._plans[batch]
+    @cached_property
+    def _best(self) -> list[MemoryPlan]:
+        """The plans that no other one beats in seconds, device and host bytes alike; fastest first."""
+        found: list[MemoryPlan] = []
+        for plan in sorted(self.plans(), key=lambda p: (p.seconds, p.peak_device_bytes, p.peak_host_bytes)):
+            device, host = plan.peak_device_bytes, plan.peak_host_bytes
+            if not any(p.peak_device_bytes <= device and p.peak_host_bytes <= host for p in found):
+                found.append(plan)
+        return found
+
+    def plans(self) -> list[MemoryPlan]:
+        """All plans, whatever they need."""
+        choices = self._choices(self.workload)
+        return [plan for choice in choices for plan in self._variants(choice, self.workload)]
 
     def _choices(self, workload: Workload, *, least: bool = False) -> Iterator[MemoryPlan]:
         """Every combination of decisions; with `least` only those that need least memory of their kind."""
@@ -148,7 +153,7 @@ class Planner:
 
     def _refusal(self, budget: Budget) -> BudgetError:
         """What is missing, and the nearest setting that fits: the largest batch, else the smallest budget."""
-        plans = self.plans()
+        plans = self._best
         device = min(plan.peak_device_bytes for plan in plans)
         host = min(plan.peak_host_bytes for plan in plans)
         if device > budget.device_bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping
 from dataclasses import replace
@@ -107,26 +108,31 @@ def reward_loads(config: AlignConfig, vae: Mapping[str, Any]) -> tuple[RewardLoa
 
     The packaged shapes reward is a hundredth of its VAE and not counted.
     """
-    return tuple(_reward_load(config, vae, checkpointed=checkpointed) for checkpointed in (False, True))
+    shapes = json.dumps(dict(vae))
+    return tuple(_reward_load(config.reward, config.resolution, shapes, checkpointed) for checkpointed in (False, True))
 
 
-def _reward_load(config: AlignConfig, vae: Mapping[str, Any], *, checkpointed: bool) -> RewardLoad:
+@functools.cache
+def _reward_load(reward: str, resolution: int, shapes: str, checkpointed: bool) -> RewardLoad:
+    """`shapes` is the VAE's config.json."""
     from diffusers import AutoencoderKL
+
+    vae = json.loads(shapes)
 
     counter = DeviceCounter()
     with torch.device("meta"), gpu_operators():
-        decoder = AutoencoderKL.from_config(dict(vae)).eval().requires_grad_(False)
+        decoder = AutoencoderKL.from_config(vae).eval().requires_grad_(False)
         if checkpointed:
             decoder.enable_gradient_checkpointing()
-        side = config.resolution // 2 ** (len(vae["block_out_channels"]) - 1)
+        side = resolution // 2 ** (len(vae["block_out_channels"]) - 1)
         latents = torch.empty(1, vae["latent_channels"], side, side, requires_grad=True)
         models: list[nn.Module] = [decoder]
         parameters = _parameters(decoder)
         vision = None
-        if config.reward in CLIPS:
-            vision = _vision(CLIPS[config.reward].vision)
+        if reward in CLIPS:
+            vision = _vision(CLIPS[reward].vision)
             models.append(vision)
-            parameters += CLIPS[config.reward].parameters
+            parameters += CLIPS[reward].parameters
         held = [value for model in models for value in (*model.parameters(), *model.buffers())]
         with Counting(counter):
             counter.hold([*held, latents], None)
