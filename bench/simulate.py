@@ -8,8 +8,7 @@ products without the transformer on the card, is no part of it.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -27,6 +26,7 @@ from leapalign.engine.gradients import GradientDictionary
 from leapalign.engine.plan import MemoryPlan
 from leapalign.engine.planner import Planner
 from leapalign.engine.streamed import StreamedModel
+from leapalign.engine.units import default_dtype
 from leapalign.engine.workload import PATCH, Budget, Machine
 from leapalign.streamed import streamed_rollout, streamed_vjps
 from leapalign.surrogates import Leg, Surrogate
@@ -123,7 +123,7 @@ def simulate(workload: Workload) -> Simulated:
     machine = HostAndDevice()
     with machine, gpu_operators():
         forward_flops = _plain_forward(workload, machine)
-        with _default_dtype(workload.dtype):
+        with default_dtype(workload.dtype):
             transformer = _transformer(workload)
         parameters = sum(parameter.numel() for parameter in transformer.parameters())
         counter = DeviceCounter()
@@ -184,7 +184,7 @@ class _PhasedModel(StreamedModel):
 
 def _plain_forward(workload: Workload, machine: HostAndDevice) -> int:
     """FLOPs of the transformer called once with one image."""
-    with _default_dtype(workload.dtype), torch.device("meta"):
+    with default_dtype(workload.dtype), torch.device("meta"):
         transformer = _transformer(workload).eval()
     counter = DeviceCounter()
     with machine.observed(counter.observe), torch.no_grad():
@@ -248,14 +248,3 @@ def _surrogate(workload: Workload) -> Surrogate:
 
 def _fake_arena(sizes: Mapping[str, int]) -> dict[str, Tensor]:
     return {name: torch.empty(size, dtype=torch.uint8) for name, size in sizes.items()}
-
-
-@contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    # Not .to(dtype): on fake parameters it fails, they cannot be swapped.
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)

@@ -105,6 +105,7 @@ def _forward_reads(stage: Stage, evaluation: Evaluation, rows: slice) -> Reads:
 
 
 def prefetch(reads: Reads) -> None:
+    """Start bringing in what the next microbatch reads."""
     for states, rows in reads:
         states.prefetch(rows)
 

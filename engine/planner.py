@@ -5,7 +5,6 @@ The ways are enumerated and none of them depends on the budget, so more memory n
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property
@@ -20,6 +19,7 @@ from leapalign.engine.backbones import Backbone, backbone_of
 from leapalign.engine.cost import variants
 from leapalign.engine.plan import MemoryPlan
 from leapalign.engine.stage_costs import StageCosts
+from leapalign.engine.units import meta_transformer
 from leapalign.engine.workload import Budget, Machine, Workload, spell_bytes
 
 EVERY = (1, 2, 4, 8)
@@ -209,33 +209,3 @@ class Planner:
 def fits(plan: MemoryPlan, budget: Budget) -> bool:
     """Whether the plan's predicted peaks are within the budget."""
     return plan.peak_device_bytes <= budget.device_bytes and plan.peak_host_bytes <= budget.host_bytes
-
-
-def meta_transformer(config: Mapping[str, Any] | Path | str, dtype: torch.dtype) -> nn.Module:
-    """A diffusers transformer without memory, from its config.json (a dictionary, the file or its folder).
-
-    Raises:
-        ValueError: no such file, or a class that diffusers does not know.
-    """
-    if not isinstance(config, Mapping):
-        path = Path(config)
-        path = path / "config.json" if path.is_dir() else path
-        try:
-            config = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{path} is no transformer's config.json: {error}") from None
-        assert isinstance(config, dict)
-    import diffusers
-
-    name = str(config.get("_class_name", "FluxTransformer2DModel"))
-    kind = getattr(diffusers, name, None)
-    if kind is None:
-        raise ValueError(f"_class_name={name}: no such class in diffusers; give a transformer's config.json")
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device("meta"):
-            module: nn.Module = kind.from_config({k: v for k, v in config.items() if not k.startswith("_")})
-    finally:
-        torch.set_default_dtype(before)
-    return module

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import functools
 import inspect
-import json
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,9 +30,10 @@ from leapalign.engine.streamer import Streamer
 from leapalign.engine.sums import HeldSums
 from leapalign.engine.units import (
     adopt,
+    fill_buffers,
+    meta_transformer,
     one_dtype,
     resident_units,
-    saved_buffers,
     stages_of,
     units_of,
 )
@@ -146,21 +146,14 @@ class StreamedModel(Wrapper):
         Raises:
             ValueError: no such folder, another class of model, or files that do not belong to it.
         """
-        import diffusers
-
         folder = Path(folder)
         if not (folder / "config.json").is_file():
             raise ValueError(f"{folder} has no config.json: name the transformer folder of a diffusers pipeline")
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        kind = getattr(diffusers, str(config.get("_class_name")), None)
-        if kind is None:
-            raise ValueError(f"{folder} holds a {config.get('_class_name')}, which diffusers does not know")
         files = model_files(folder)
         if not files:
             raise ValueError(f"{folder} has no diffusion_pytorch_model*.safetensors: download or convert the weights")
-        with torch.device("meta"), _default_dtype(dtype):
-            module = kind.from_config(config)
-        buffers = saved_buffers(module, files)  # before the stages are made: they take copies
+        module = meta_transformer(folder, dtype)
+        buffers = fill_buffers(module, files)  # before the stages are made: they take copies
         model = cls(module, plan, device=device)
         model.store.load(files, buffers=buffers)
         return model
@@ -434,16 +427,6 @@ class StreamedModel(Wrapper):
     def weights_version(self) -> int:
         """Grows with every in-place change of any weight, optimizers' updates included."""
         return sum(self._unit_version(unit) for unit in self.store.units)
-
-
-@contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 def _home(inputs: Mapping[str, Any]) -> torch.device:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -20,6 +23,7 @@ def modulation_unit(stage: Stage) -> str:
 
 
 def stages_of(backbone: Backbone) -> list[Stage]:
+    """All stages in the order of the forward pass."""
     condition = [backbone.condition] if backbone.condition is not None else []
     return [*condition, backbone.stem, *backbone.blocks, backbone.head]
 
@@ -59,16 +63,54 @@ def resident_units(backbone: Backbone, plan: MemoryPlan, unit_of: Mapping[str, s
 
 
 def one_dtype(module: nn.Module) -> torch.dtype:
+    """The floating dtype of all parameters; ValueError if they have several, another, or are none."""
     dtypes = {parameter.dtype for parameter in module.parameters()}
-    if len(dtypes) != 1 or not (dtype := dtypes.pop()).is_floating_point:
-        raise ValueError(
-            f"the parameters of {type(module).__name__} have {', '.join(sorted(str(d) for d in dtypes)) or dtype}: "
-            "a streamed model has one floating dtype; convert it first, e.g. transformer.to(torch.bfloat16)"
-        )
-    return dtype
+    if len(dtypes) == 1 and all(dtype.is_floating_point for dtype in dtypes):
+        return dtypes.pop()
+    found = ", ".join(sorted(str(dtype) for dtype in dtypes)) or "no dtype: there are none"
+    raise ValueError(
+        f"the parameters of {type(module).__name__} have {found}; a streamed model has one floating dtype: convert it "
+        "first, e.g. transformer.to(torch.bfloat16)"
+    )
 
 
-def saved_buffers(module: nn.Module, files: Sequence[Path]) -> dict[str, Tensor]:
+def meta_transformer(config: Mapping[str, Any] | Path | str, dtype: torch.dtype) -> nn.Module:
+    """A diffusers transformer without memory, from its config.json (a dictionary, the file or its folder).
+
+    Raises:
+        ValueError: no such file, or a class that diffusers does not know.
+    """
+    if not isinstance(config, Mapping):
+        path = Path(config)
+        path = path / "config.json" if path.is_dir() else path
+        try:
+            config = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path} is no transformer's config.json: {error}") from None
+        assert isinstance(config, dict)
+    import diffusers
+
+    name = str(config.get("_class_name", "FluxTransformer2DModel"))
+    kind = getattr(diffusers, name, None)
+    if kind is None:
+        raise ValueError(f"_class_name={name}: no such class in diffusers; give a transformer's config.json")
+    with torch.device("meta"), default_dtype(dtype):
+        module: nn.Module = kind.from_config({k: v for k, v in config.items() if not k.startswith("_")})
+    return module
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Modules made inside the block have this dtype: `.to(dtype)` fails on fake parameters, and warns in diffusers."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def fill_buffers(module: nn.Module, files: Sequence[Path]) -> dict[str, Tensor]:
     """Give a module on meta the buffers that the files hold, and return them by name."""
     found: dict[str, Tensor] = {}
     names = {name for name, _ in module.named_buffers()}
