@@ -18,9 +18,10 @@ from torch import nn
 from leapalign.engine.backbones import Backbone, backbone_of
 from leapalign.engine.cost import variants
 from leapalign.engine.plan import MemoryPlan
+from leapalign.engine.sizes import spell_bytes
 from leapalign.engine.stage_costs import StageCosts
 from leapalign.engine.units import meta_transformer
-from leapalign.engine.workload import Budget, Machine, Workload, spell_bytes
+from leapalign.engine.workload import Budget, Machine, Workload
 
 EVERY = (1, 2, 4, 8)
 MICROBATCHES = (1, 2, 4, 8)

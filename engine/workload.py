@@ -1,10 +1,9 @@
-"""What is planned for: the budget, the step, and the machine. Sizes of memory are read from text such as "24GiB"."""
+"""What is planned for: the budget, the step, and the machine."""
 
 from __future__ import annotations
 
 import json
 import math
-import re
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -13,36 +12,10 @@ import torch
 from torch import Tensor
 
 from leapalign.engine.backbones import Backbone, FluxBackbone, SD3Backbone
+from leapalign.engine.sizes import parse_bytes
 
 PATCH = 16  # pixels a token's side: 8 a latent, 2 latents a token
 DEVICE_BASE = 640 * 2**20  # a CUDA context and the workspaces of cuBLAS and attention, which no allocator shows
-_UNITS = {"": 1, "B": 1} | {
-    f"{prefix}{kind}": base**power
-    for power, prefix in enumerate("KMGT", start=1)
-    for kind, base in (("iB", 1024), ("B", 1000))
-}
-_SPELT = {unit.lower(): factor for unit, factor in _UNITS.items()}
-
-
-def parse_bytes(value: str | int | float, name: str = "size") -> int:
-    """Bytes of "24GiB" (2^30), "24GB" (10^9), "512 MiB", "1e9" or a number.
-
-    Raises:
-        ValueError: no such size, or none above 0.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?(?:[eE]\d+)?)\s*([A-Za-z]*)\s*", str(value))
-    factor = _SPELT.get(match[2].lower()) if match else None
-    number = int(float(match[1]) * factor) if match and factor else 0
-    if isinstance(value, bool) or number < 1:
-        raise ValueError(f"{name}={value}: give a size such as 24GiB, 64GB or a number of bytes")
-    return number
-
-
-def spell_bytes(count: int) -> str:
-    """A size that `parse_bytes` reads, never less than `count`: rounded up to a hundredth of its unit."""
-    unit = next((unit for unit in ("TiB", "GiB", "MiB", "KiB") if count >= _UNITS[unit]), "B")
-    hundredths = -(-count * 100 // _UNITS[unit])
-    return f"{count}B" if unit == "B" else f"{hundredths // 100}.{hundredths % 100:02d}{unit}"
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,8 @@ from pydantic import (
     model_validator,
 )
 
+from leapalign.engine.sizes import parse_bytes
+
 
 class _Section(BaseModel):
     model_config = ConfigDict(
@@ -45,9 +47,13 @@ class ModelKeys(_Section):
     """bf16 evaluates the models in bfloat16, with float32 weights (executor autograd; streamed: see weight_dtype)."""
     gradient_checkpointing: bool = False
     """Recompute the transformer's blocks in backward: less memory, a third more arithmetic."""
-    executor: Literal["autograd", "streamed"] = "autograd"
-    """autograd holds weights, gradients and AdamW states on the device; streamed in host memory, a block at a time."""
-    streamed_mode: Literal["paired", "held"] = "paired"
+    executor: Literal["autograd", "streamed"] = "streamed"
+    """streamed keeps weights and AdamW states in host memory, as a plan for vram and ram says; autograd on the device."""
+    vram: str | None = None
+    """Device memory that a streamed run may take, e.g. 24GiB; null: all that is free (for `leapalign plan`: any)."""
+    ram: str | None = None
+    """Host memory that a streamed run may take, e.g. 64GiB; null: all that is free (for `leapalign plan`: any)."""
+    streamed_mode: Literal["paired", "held"] | None = None
     """How streamed uses a weight twice: paired runs the later leap once more; held keeps its gradients on the host."""
 
 
@@ -93,13 +99,13 @@ class OptimizerKeys(_Section):
     gradient_accumulation_steps: PositiveInt = 1
     """Passes averaged into one optimizer step; the global batch is train_batch_size times this."""
     microbatch: PositiveInt | None = None
-    """Samples the models evaluate at once; null: train_batch_size. Less needs less memory and gives the same result."""
+    """Samples the models evaluate at once; null: as planned (autograd: train_batch_size). Less needs less memory."""
     max_train_steps: PositiveInt = 300
     """Optimizer steps of the run."""
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
     """adamw keeps float32 moments, 8 bytes a parameter; adamw8bit (executor streamed) 2, and updates block by block."""
-    optimizer_device: Literal["host", "device"] = "host"
-    """Where adamw8bit updates: on the host, or on the device with weights and states streamed in and out."""
+    optimizer_device: Literal["host", "device"] | None = None
+    """Where adamw8bit updates: on the host, or on the device with states streamed in and out; null: as planned."""
     weight_dtype: Literal["float32", "bf16"] = "float32"
     """Format of the trained weights, and what streamed computes in; bf16 (with adamw8bit) rounds stochastically."""
     master: Literal["stochastic", "residual", "float32"] = "stochastic"
@@ -206,6 +212,13 @@ class AlignConfig(ValidationKeys, OutputKeys, OptimizerKeys, MethodKeys, DataKey
             )
         return value
 
+    @field_validator("vram", "ram")
+    @classmethod
+    def _size(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value is not None:
+            parse_bytes(value, str(info.field_name))
+        return value
+
     @field_validator("num_inference_steps")
     @classmethod
     def _two_leaps(cls, value: int) -> int:
@@ -222,11 +235,13 @@ class AlignConfig(ValidationKeys, OutputKeys, OptimizerKeys, MethodKeys, DataKey
             )
         if self.executor == "streamed":
             self._can_be_streamed()
-        elif self.streamed_mode != "paired":
-            raise ValueError(
-                f"streamed_mode = {self.streamed_mode} has no effect with executor = {self.executor}; "
-                "use executor streamed, or leave streamed_mode out"
-            )
+        else:
+            for key in ("vram", "ram", "streamed_mode"):
+                if (value := getattr(self, key)) is not None:
+                    raise ValueError(
+                        f"{key} = {value} has no effect with executor = {self.executor}; "
+                        f"use executor streamed, or leave {key} out"
+                    )
         self._optimizer_fits()
         if self.lr_warmup_steps and self.lr_scheduler == "constant":
             raise ValueError(
@@ -244,11 +259,11 @@ class AlignConfig(ValidationKeys, OutputKeys, OptimizerKeys, MethodKeys, DataKey
         if self.mixed_precision != "no":
             raise ValueError(
                 f"mixed_precision = {self.mixed_precision} does not go with executor = streamed, which computes in the "
-                f"dtype of the weights, {self.weight_dtype}; use mixed_precision no, and weight_dtype bf16 with "
-                "optimizer adamw8bit for bfloat16"
+                f"dtype of the weights, {self.weight_dtype}; use executor autograd, or mixed_precision no with "
+                "optimizer adamw8bit and weight_dtype bf16 for bfloat16"
             )
         if self.device == "mps":
-            raise ValueError(f"device = {self.device} does not go with executor = streamed; use cuda or cpu")
+            raise ValueError(f"device = {self.device} does not go with executor = streamed; use executor autograd, or cuda or cpu")
 
     def _optimizer_fits(self) -> None:
         if self.optimizer == "adamw8bit":

@@ -16,7 +16,8 @@ from leapalign.architectures import CLIPS, TRANSFORMERS, VAE
 from leapalign.engine.counting import Counting, DeviceCounter, gpu_operators
 from leapalign.engine.plan import MemoryPlan, PhaseCost
 from leapalign.engine.planner import BudgetError, Planner
-from leapalign.engine.workload import Budget, Machine, RewardLoad, Workload, spell_bytes
+from leapalign.engine.sizes import spell_bytes
+from leapalign.engine.workload import Budget, Machine, RewardLoad, Workload
 from leapalign.errors import UsageError
 
 if TYPE_CHECKING:

@@ -16,7 +16,8 @@ from leapalign.engine.backbones import SequentialBackbone
 from leapalign.engine.plan import MemoryPlan
 from leapalign.engine.planner import BudgetError, Planner, fits, plan_memory
 from leapalign.engine.streamed import StreamedModel
-from leapalign.engine.workload import Budget, Machine, RewardLoad, Workload, parse_bytes, spell_bytes
+from leapalign.engine.sizes import parse_bytes, spell_bytes
+from leapalign.engine.workload import Budget, Machine, RewardLoad, Workload
 
 FLUX = {
     "attention_head_dim": 16,
