@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from bench import memory, optimizers, quality, report
+from bench import curves, memory, optimizers, quality, report
 
 
 def main(arguments: list[str]) -> int:
@@ -15,9 +15,16 @@ def main(arguments: list[str]) -> int:
     quality.add_arguments(commands.add_parser("quality", help=quality.SUMMARY, description=quality.__doc__))
     memory.add_arguments(commands.add_parser("memory", help=memory.SUMMARY, description=memory.__doc__))
     optimizers.add_arguments(commands.add_parser("optimizers", help=optimizers.SUMMARY, description=optimizers.__doc__))
+    curves.add_arguments(commands.add_parser("curves", help=curves.SUMMARY, description=curves.__doc__))
     commands.add_parser("report", help=report.SUMMARY, description=report.__doc__)
     options, overrides = parser.parse_known_args(arguments)
-    runs = {"quality": quality.run, "memory": memory.run, "optimizers": optimizers.run, "report": report.run}
+    runs = {
+        "quality": quality.run,
+        "memory": memory.run,
+        "optimizers": optimizers.run,
+        "curves": curves.run,
+        "report": report.run,
+    }
     return runs[options.what](options, overrides)
 
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from bench import record
+from bench.plots import draw_curves
 from leapalign.alignment import alignment_gradients
 from leapalign.config import load_config
 from leapalign.draws import draw_noise, draw_pairs, draw_prompts
@@ -196,19 +197,7 @@ def table(summary: dict[str, Any]) -> str:
 
 def plot(result: dict[str, Any], path: Path) -> None:
     """Mean gain of every optimizer over the steps, with the range of the seeds."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    for name, seeds in result["curves"].items():
-        gains = [[reward - seed[0] for reward in seed] for seed in seeds]
-        steps = range(len(gains[0]))
-        columns = list(zip(*gains, strict=True))
-        (line,) = axes.plot(steps, [mean(column) for column in columns], label=name)
-        low, high = [min(column) for column in columns], [max(column) for column in columns]
-        axes.fill_between(steps, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
-    axes.set(xlabel="optimizer step", ylabel="gain in reward on a fixed batch", title=result["command"])
-    axes.legend()
-    figure.savefig(path, dpi=150)
+    gains = {
+        name: [[reward - seed[0] for reward in seed] for seed in seeds] for name, seeds in result["curves"].items()
+    }
+    draw_curves(gains, path, first_step=0, quantity="gain in reward on a fixed batch", title=result["command"])

@@ -11,8 +11,10 @@ from typing import Any
 import torch
 
 from leapalign.engine.plan import MemoryPlan
+from leapalign.engine.sizes import spell_bytes
 
 _STATUS = Path("/proc/self/status")
+_CLEAR = Path("/proc/self/clear_refs")  # "5" written here forgets the process's peak
 
 
 @dataclass
@@ -20,8 +22,10 @@ class Measured:
     """Peaks of a phase; None where this machine cannot tell.
 
     Attributes:
-        device_bytes: the most that torch's allocator had handed out.
-        host_bytes: resident memory of the process at the phase's end.
+        device_bytes: the most that torch's allocator had handed out. A plan's include what no allocator shows as well,
+            "device: base" in their breakdown, which is left out where the two stand side by side.
+        host_bytes: the most resident memory that the process had; where the system cannot forget an earlier peak, what
+            it had at the phase's end.
     """
 
     device_bytes: int | None = None
@@ -52,6 +56,7 @@ class Ledger:
     def phase(self, name: str) -> Iterator[None]:
         """What runs inside is this phase; a name may come several times a step. Phases are not nested."""
         measures = self.device.type == "cuda"
+        forgot = _forget_peak()
         if measures:
             torch.cuda.reset_peak_memory_stats(self.device)
         try:
@@ -60,41 +65,63 @@ class Ledger:
             found = self.phases.setdefault(name, Measured())
             if measures:
                 found.device_bytes = _most(found.device_bytes, torch.cuda.max_memory_allocated(self.device))
-            found.host_bytes = _most(found.host_bytes, resident_bytes())
+            found.host_bytes = _most(found.host_bytes, resident_bytes(peak=forgot))
+
+    def clear(self) -> None:
+        """Forget what was measured since the last row, such as a validation."""
+        self.phases = {}
 
     def row(self, step: int) -> dict[str, Any]:
         """{"step", "memory": {phase: {device_bytes, host_bytes, planned_...}}} since the last row, for metrics.jsonl.
 
         A planned phase's name is that of engine/cost.py; a phase of another name has no planned numbers.
         """
-        planned = {phase.name: phase for phase in self.plan.phases} if self.plan else {}
+        planned = self._planned()
         memory: dict[str, dict[str, int | None]] = {}
         for name, found in self.phases.items():
             memory[name] = {"device_bytes": found.device_bytes, "host_bytes": found.host_bytes}
             if name in planned:
-                memory[name]["planned_device_bytes"] = planned[name].device_bytes
-                memory[name]["planned_host_bytes"] = planned[name].host_bytes
+                memory[name]["planned_device_bytes"], memory[name]["planned_host_bytes"] = planned[name]
         self.phases = {}
         return {"step": step, "memory": memory}
 
     def exceeded(self) -> list[str]:
-        """One line for each phase whose measured device bytes are above the plan's."""
-        planned = {phase.name: phase.device_bytes for phase in self.plan.phases} if self.plan else {}
-        return [
-            f"{name} took {found.device_bytes} bytes of device memory, {planned[name]} were planned"
-            for name, found in self.phases.items()
-            if found.device_bytes is not None and found.device_bytes > planned.get(name, found.device_bytes)
-        ]
+        """One line for each phase on a GPU whose measured device or host bytes are above the plan's."""
+        lines, planned = [], self._planned()
+        for name, found in self.phases.items():
+            if found.device_bytes is None or name not in planned:  # without a GPU both are one
+                continue
+            for what, took, limit in zip(
+                ("device", "host"), (found.device_bytes, found.host_bytes), planned[name], strict=True
+            ):
+                if took is not None and took > limit:
+                    lines.append(f"{name} took {spell_bytes(took)} of {what} memory, {spell_bytes(limit)} were planned")
+        return lines
+
+    def _planned(self) -> dict[str, tuple[int, int]]:
+        """{phase: (device bytes that an allocator shows, host bytes)}."""
+        phases = self.plan.phases if self.plan else ()
+        return {p.name: (p.device_bytes - p.breakdown.get("device: base", 0), p.host_bytes) for p in phases}
 
 
-def resident_bytes() -> int | None:
-    """Memory of this process that is resident now; None where the system does not tell."""
+def resident_bytes(*, peak: bool = False) -> int | None:
+    """Memory of this process that is resident now, or was at most; None where the system does not tell."""
+    field = "VmHWM:" if peak else "VmRSS:"
     try:
         lines = _STATUS.read_text(encoding="ascii").splitlines()
     except OSError:
         return None
-    value = next((line.split()[1] for line in lines if line.startswith("VmRSS:")), None)
+    value = next((line.split()[1] for line in lines if line.startswith(field)), None)
     return None if value is None else int(value) * 1024
+
+
+def _forget_peak() -> bool:
+    """Start the process's peak anew; False where the system does not let us."""
+    try:
+        _CLEAR.write_text("5", encoding="ascii")
+    except OSError:
+        return False
+    return True
 
 
 def _most(before: int | None, now: int | None) -> int | None:

@@ -52,7 +52,7 @@ class AdamW8bit(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 1e-4,
         *,
-        placement: Literal["host", "device"] = "host",
+        placement: Literal["host", "device"] | None = None,
         clip: Clip = "global",
         max_grad_norm: float = 1.0,
         master: Master = "stochastic",
@@ -62,7 +62,8 @@ class AdamW8bit(torch.optim.Optimizer):
         """
         Args:
             params: parameters or groups of the transformer (before or after it is wrapped); None for all trainable.
-            placement: where the update runs: "host", or "device" with states streamed in and out.
+            placement: where the update runs: "host", or "device" with states streamed in and out; None: as the model's
+                plan says.
             clip: "global" scales all gradients by one factor so that their norm is at most `max_grad_norm`, which needs
                 all of them before the first update; "block" clips each unit on its own; "none".
             master: how weights below float32 keep small updates: "stochastic" rounding, 8 more bits in a "residual", or
@@ -76,12 +77,17 @@ class AdamW8bit(torch.optim.Optimizer):
         _check(lr, betas, eps, weight_decay, clip, max_grad_norm, master, ema_decay, placement)
         self._defaults = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
         self._given = None if params is None else list(params)
-        self.placement, self.clip, self.max_grad_norm = placement, clip, max_grad_norm
+        self._placement, self.clip, self.max_grad_norm = placement, clip, max_grad_norm
         self.master, self.ema_decay, self.seed = master, ema_decay, seed
         self.steps = 0
         self.skipped = 0
         self.gradient_norm = math.nan
         self._model: StreamedModel | None = None
+
+    @property
+    def placement(self) -> Literal["host", "device"]:
+        """Where the update runs."""
+        return self._placement or self._bound().plan.optimizer_on
 
     @property
     def on_host(self) -> bool:
@@ -136,8 +142,11 @@ class AdamW8bit(torch.optim.Optimizer):
         Returns:
             Whether weights changed: False if a gradient is not finite.
         """
-        model = self._bound()
-        units = model.sums.take(kind)
+        with self._bound().ledger.phase("update"):
+            return self._step_from(kind)
+
+    def _step_from(self, kind: str) -> bool:
+        units = self._bound().sums.take(kind)
         wanted = self._groups()
         norms = {
             unit: math.sqrt(sum(square_sum(g) for name, g in gradients.items() if name in wanted))
@@ -275,7 +284,7 @@ class InBackward:
 
 def _check(
     lr: float, betas: tuple[float, float], eps: float, weight_decay: float, clip: str, max_grad_norm: float,
-    master: str, ema_decay: float | None, placement: str,
+    master: str, ema_decay: float | None, placement: str | None,
 ) -> None:  # fmt: skip
     for name, value, fits, limit in (
         ("lr", lr, 0 <= lr < math.inf, "at least 0"),
@@ -286,7 +295,7 @@ def _check(
         ("ema_decay", ema_decay, ema_decay is None or 0 <= ema_decay < 1, "in [0, 1), or None for no average"),
         ("clip", clip, clip in ("global", "block", "none"), "global, block or none"),
         ("master", master, master in ("stochastic", "residual", "float32"), "stochastic, residual or float32"),
-        ("placement", placement, placement in ("host", "device"), "host or device"),
+        ("placement", placement, placement in ("host", "device", None), "host or device, or None for the plan's"),
     ):
         if not fits:
             raise ValueError(f"AdamW8bit: {name}={value!r} must be {limit}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any, Literal
@@ -32,7 +32,16 @@ class PhaseCost:
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return {**vars(self), "breakdown": dict(self.breakdown)}
+        return {each.name: getattr(self, each.name) for each in fields(self)} | {"breakdown": dict(self.breakdown)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> PhaseCost:
+        """What `as_dict` gave.
+
+        Raises:
+            ValueError: unknown or missing fields.
+        """
+        return cls(**_known(values, [each.name for each in fields(cls)], "phase"))
 
 
 @dataclass(frozen=True)
@@ -133,3 +142,24 @@ class MemoryPlan:
             "seconds": self.seconds,
             "phases": [phase.as_dict() for phase in self.phases],
         }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> MemoryPlan:
+        """The plan of which `as_dict` gave these values.
+
+        Raises:
+            ValueError: unknown or missing decisions, or a value out of range; the message names it.
+        """
+        names = [each.name for each in fields(cls)]
+        found = _known(values, [*names, "peak_device_bytes", "peak_host_bytes", "seconds"], "plan")
+        phases = tuple(PhaseCost.from_dict(phase) for phase in found["phases"])
+        return cls(**{name: found[name] for name in names} | {"phases": phases})
+
+
+def _known(values: Mapping[str, Any], names: Sequence[str], what: str) -> Mapping[str, Any]:
+    """The values themselves, if they have exactly these names."""
+    if unknown := sorted(values.keys() - set(names)):
+        raise ValueError(f"{what} with unknown {', '.join(unknown)}: it has {', '.join(names)}")
+    if missing := [name for name in names if name not in values]:
+        raise ValueError(f"{what} without {', '.join(missing)}: it has {', '.join(names)}")
+    return values

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from leapalign.engine.backbones import Backbone, backbone_of
-from leapalign.engine.cost import variants
+from leapalign.engine.cost import Prospect, StepCosts
 from leapalign.engine.plan import MemoryPlan
 from leapalign.engine.sizes import spell_bytes
 from leapalign.engine.stage_costs import StageCosts
@@ -32,12 +32,40 @@ class BudgetError(ValueError):
     """A budget that cannot hold the step.
 
     Attributes:
-        budget, workload: the nearest setting that fits, as the message says.
+        name: "vram" or "ram", which is too little.
+        limit, need: bytes of it that there are, and that the step takes at least.
+        kind: "device memory" or "host memory", in words.
+        batch: samples, as asked for.
+        budget, workload: the nearest setting that fits: a smaller batch, else more memory.
     """
 
-    def __init__(self, message: str, budget: Budget, workload: Workload) -> None:
-        super().__init__(message)
+    def __init__(
+        self, short: tuple[str, int, str], asked: Budget, step: Workload, budget: Budget, workload: Workload
+    ) -> None:
+        """
+        Args:
+            short: name, need and kind.
+            asked, step: what was to be planned.
+            budget, workload: what fits.
+        """
+        self.name, self.need, self.kind = short
+        limit = getattr(asked, self.name)
+        assert limit is not None, "something without a limit cannot be too little"
+        self.limit, self.batch = int(limit), step.batch
         self.budget, self.workload = budget, workload
+        self.larger = {
+            name: spell_bytes(int(getattr(budget, name)))
+            for name in ("vram", "ram")
+            if getattr(budget, name) != getattr(asked, name)
+        }
+        what = "the step" if step.legs else "sampling"
+        self.needs = f"{what} needs {spell_bytes(self.need)} of {self.kind}"
+        if self.larger:
+            way = f"whatever the batch; give {' and '.join(f'{name} {size}' for name, size in self.larger.items())}"
+        else:
+            way = f"lower the batch from {self.batch} to {workload.batch}"
+        joint = ", " if self.larger else "; "
+        super().__init__(f"{self.name} = {spell_bytes(self.limit)} is too little: {self.needs}{joint}{way}")
 
 
 def plan_memory(
@@ -89,28 +117,38 @@ class Planner:
 
     def plan(self, budget: Budget) -> MemoryPlan:
         """See `plan_memory`."""
-        found = next((plan for plan in self._best if fits(plan, budget)), None)
+        found = next((each for each in self._best if fits(each, budget)), None)
         if found is None:
             raise self._refusal(budget)
-        return found
-
-    @cached_property
-    def _best(self) -> list[MemoryPlan]:
-        """The plans that no other one beats in seconds, device and host bytes alike; fastest first."""
-        found: list[MemoryPlan] = []
-        for plan in sorted(self.plans(), key=lambda p: (p.seconds, p.peak_device_bytes, p.peak_host_bytes)):
-            device, host = plan.peak_device_bytes, plan.peak_host_bytes
-            if not any(p.peak_device_bytes <= device and p.peak_host_bytes <= host for p in found):
-                found.append(plan)
-        return found
+        return self._steps.plan(found)
 
     def plans(self) -> list[MemoryPlan]:
         """All plans, whatever they need."""
-        choices = self._choices(self.workload)
-        return [plan for choice in choices for plan in self._variants(choice, self.workload)]
+        return [self._steps.plan(prospect) for prospect in self._prospects(self.workload)]
 
-    def _choices(self, workload: Workload, *, least: bool = False) -> Iterator[MemoryPlan]:
-        """Every combination of decisions; with `least` only those that need least memory of their kind."""
+    @cached_property
+    def _best(self) -> list[Prospect]:
+        """Those that no other one beats in seconds, device and host bytes alike; fastest first."""
+        found: list[Prospect] = []
+        every = self._prospects(self.workload)
+        for each in sorted(every, key=lambda e: (e.seconds, e.peak_device_bytes, e.peak_host_bytes)):
+            device, host = each.peak_device_bytes, each.peak_host_bytes
+            if not any(other.peak_device_bytes <= device and other.peak_host_bytes <= host for other in found):
+                found.append(each)
+        return found
+
+    @cached_property
+    def _steps(self) -> StepCosts:
+        return StepCosts(self.costs, self.workload, self.machine)
+
+    def _prospects(self, workload: Workload, *, least: bool = False) -> Iterator[Prospect]:
+        """Of every combination of decisions; with `least` only of those that need least memory of their kind."""
+        steps = self._steps if workload == self.workload else StepCosts(self.costs, workload, self.machine)
+        for choice in self._choices(workload, least=least):
+            yield from steps.prospects(choice)
+
+    def _choices(self, workload: Workload, *, least: bool) -> Iterator[MemoryPlan]:
+        """The reward's decisions apart."""
         blocks = len(self.costs.parts) - 2
         numbers = {1, *(round(index * blocks / RESIDENCIES) for index in range(RESIDENCIES + 1))} - {0, blocks}
         residencies: list[Any] = ["none"] if least else ["none", *sorted(numbers), "all"]
@@ -123,15 +161,16 @@ class Planner:
         modes: list[Any] = [workload.mode] if workload.mode else ["paired", "held"]
         if not workload.first_passes:
             modes = modes[:1]  # all legs run in one pass
-        places: list[Any] = ["host", "device"] if workload.optimizer == "adamw8bit" else ["host"]
-        if workload.optimizer_on and workload.optimizer == "adamw8bit":
+        updates = workload.legs and workload.optimizer == "adamw8bit"
+        places: list[Any] = ["host", "device"] if updates else ["host"]
+        if workload.optimizer_on and updates:
             places = [workload.optimizer_on]
         keeping = [
             (mode, keep)
             for mode in modes
             for keep in ([True, False] if mode == "held" and workload.first_passes else [True])
         ]  # paired legs' inputs are kept from pass to pass in any case
-        every = [step for step in EVERY if step <= blocks]
+        every = [step for step in EVERY if step <= blocks] if workload.legs else [1]
         homes: list[Any] = ["device", "host"]
         for resident, rows, states, step, (mode, keep), place in product(
             residencies, microbatches, homes, every, keeping, places
@@ -147,9 +186,6 @@ class Planner:
                 optimizer_on=place,
             )
 
-    def _variants(self, choice: MemoryPlan, workload: Workload) -> Iterator[MemoryPlan]:
-        return variants(self.costs, choice, workload, self.machine)
-
     # ---- refusals --------------------------------------------------------------------------------------------------
 
     def _refusal(self, budget: Budget) -> BudgetError:
@@ -158,32 +194,23 @@ class Planner:
         device = min(plan.peak_device_bytes for plan in plans)
         host = min(plan.peak_host_bytes for plan in plans)
         if device > budget.device_bytes:
-            what, need, limit = "device memory", device, budget.vram
+            short = ("vram", device, "device memory")
         elif host > budget.host_bytes:
-            what, need, limit = "host memory", host, budget.ram
+            short = ("ram", host, "host memory")
         else:  # each alone is enough
-            within = [plan for plan in plans if plan.peak_host_bytes <= budget.host_bytes]
-            what, limit = "device memory, with that much host memory", budget.vram
-            need = min(plan.peak_device_bytes for plan in within)
-        name = "ram" if what == "host memory" else "vram"
-        assert limit is not None
-        short = f"{name}={spell_bytes(int(limit))} is too little: the step needs {spell_bytes(need)} of {what}"
-        batch = self._largest_batch(budget)
-        if batch:
-            return BudgetError(f"{short}; lower the batch from {self.workload.batch} to {batch}", budget,
-                               self.workload.with_batch(batch))  # fmt: skip
-        needed = self._smallest_budget(budget, plans)
-        texts = " and ".join(f"{name} {value}" for name, value in needed.items())
-        larger = Budget(**{"vram": budget.vram, "ram": budget.ram, **needed})
-        return BudgetError(f"{short}, whatever the batch; give {texts}", larger, self.workload)
+            within = [plan.peak_device_bytes for plan in plans if plan.peak_host_bytes <= budget.host_bytes]
+            short = ("vram", min(within), "device memory, with that much host memory")
+        if batch := self._largest_batch(budget):
+            return BudgetError(short, budget, self.workload, budget, self.workload.with_batch(batch))
+        larger = Budget(**{"vram": budget.vram, "ram": budget.ram, **self._smallest_budget(budget, plans)})
+        return BudgetError(short, budget, self.workload, larger, self.workload)
 
     def _largest_batch(self, budget: Budget) -> int:
         """The largest batch below the workload's that fits; 0 if none does."""
 
         def possible(batch: int) -> bool:
-            workload = self.workload.with_batch(batch)
-            choices = self._choices(workload, least=True)
-            return any(fits(plan, budget) for choice in choices for plan in self._variants(choice, workload))
+            found = self._prospects(self.workload.with_batch(batch), least=True)
+            return any(fits(prospect, budget) for prospect in found)
 
         low, high = 0, self.workload.batch  # low fits (or is 0), high does not
         while high - low > 1:
@@ -191,10 +218,10 @@ class Planner:
             low, high = (middle, high) if possible(middle) else (low, middle)
         return low
 
-    def _smallest_budget(self, budget: Budget, plans: list[MemoryPlan]) -> dict[str, str]:
+    def _smallest_budget(self, budget: Budget, plans: list[Prospect]) -> dict[str, str]:
         """What has to grow, and to what: the plan for which memory grows by the least factor."""
 
-        def growth(plan: MemoryPlan) -> float:
+        def growth(plan: Prospect) -> float:
             device, host = plan.peak_device_bytes, plan.peak_host_bytes
             return max(device / budget.device_bytes, 1) * max(host / budget.host_bytes, 1)
 
@@ -207,6 +234,6 @@ class Planner:
         return found
 
 
-def fits(plan: MemoryPlan, budget: Budget) -> bool:
+def fits(plan: MemoryPlan | Prospect, budget: Budget) -> bool:
     """Whether the plan's predicted peaks are within the budget."""
     return plan.peak_device_bytes <= budget.device_bytes and plan.peak_host_bytes <= budget.host_bytes

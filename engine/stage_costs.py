@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,12 +16,12 @@ from leapalign.engine.backward import differentiate, leaves_of
 from leapalign.engine.counting import ALLOCATION, Counting, DeviceCounter, gpu_operators
 from leapalign.engine.evaluation import specs
 from leapalign.engine.gradients import accumulation
+from leapalign.engine.recall import Recall
 from leapalign.engine.store import Unit
 from leapalign.engine.units import modulation_unit, stages_of, units_of
 from leapalign.engine.workload import Workload, example_inputs
 
 Specs = tuple[tuple[tuple[int, ...], torch.dtype], ...]  # (shape of one row, dtype) of each tensor
-T = TypeVar("T")
 _META = torch.device("meta")
 
 
@@ -93,7 +93,8 @@ class StageCosts:
         self.buffer_bytes = sum(rounded(each.numel() * each.element_size()) for each in backbone.module.buffers())
         self.largest_parameter = max(prod(shape) for unit in units for shape in unit.shapes.values())
         self._known: dict[Any, Call] = {}
-        self._shared: dict[Any, Any] = {}
+        self._recall = Recall()
+        self._constants: dict[int, Any] = {}  # by rows
         self._inputs = example_inputs(backbone, workload, 1)
         self.input_specs = {name: (tuple(value.shape), value.dtype) for name, value in self._inputs.items()}
         self.hoisted = any(stage.modulation for stage in stages_of(backbone))
@@ -105,13 +106,6 @@ class StageCosts:
         first = {part.kind: part for part in reversed(self.parts)}
         self.kinds = tuple(first[kind] for kind in sorted(first))
         self.counts = Counter(part.kind for part in self.parts)
-
-    def once(self, key: Any, make: Callable[[], T]) -> T:
-        """What `make` returns, computed once for a key: many plans share it."""
-        if key not in self._shared:
-            self._shared[key] = make()
-        found: T = self._shared[key]
-        return found
 
     def forward(self, part: Part, rows: int) -> Call:
         """A call without grad, its inputs on the device."""
@@ -192,7 +186,7 @@ class StageCosts:
             with gpu_operators():
                 held, work = prepare()
                 held = list(held)
-                with Counting(counter), torch.no_grad():
+                with self._recall, Counting(counter), torch.no_grad():
                     counter.hold(held, None)
                     before = counter.current
                     result = work()
@@ -243,8 +237,10 @@ class StageCosts:
         return [*held, *([given] if given is not None else [])], block
 
     def _arguments(self, part: Part, rows: int) -> tuple[tuple[Tensor, ...], Tensor | None, Any]:
-        inputs = self._rows(rows)
-        constants = self.backbone.microbatch_constants(self.backbone.constants(inputs), inputs)
+        if rows not in self._constants:
+            inputs = self._rows(rows)
+            self._constants[rows] = self.backbone.microbatch_constants(self.backbone.constants(inputs), inputs)
+        constants = self._constants[rows]
         given = torch.empty(rows, part.given, dtype=self.dtype, device=_META) if part.given else None
         return tuple(_empty(spec, rows) for spec in part.carried), given, constants
 

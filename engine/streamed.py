@@ -22,6 +22,7 @@ from leapalign.engine.checkpoint import model_files
 from leapalign.engine.evaluation import Evaluation, Leg, ModulationRows, Modulations, Record, batch_size
 from leapalign.engine.gradients import Gradients, Sink
 from leapalign.engine.hoisting import HoistedBackward, hoist
+from leapalign.engine.ledger import Ledger
 from leapalign.engine.optim import AdamW8bit
 from leapalign.engine.passes import Parts, forward
 from leapalign.engine.plan import MemoryPlan
@@ -59,7 +60,7 @@ class StreamedModel(Wrapper):
     and input gradients where inputs require them. Hooks on parameters are not called. The memory of `grad` is the
     store's: after `zero_grad()` the next backward pass writes there, so clone a gradient that is to outlive it.
 
-    Gradients that wait on the host between products are `sums`.
+    Gradients that wait on the host between products are `sums`. What a step really takes is in `ledger`.
 
     A trainer that knows its cotangents uses `evaluate`, `vjp` and `hoist` instead, which also choose what is kept.
     """
@@ -100,6 +101,7 @@ class StreamedModel(Wrapper):
             raise ValueError(f"this {type(module).__name__} is streamed already: close() the other StreamedModel first")
         module.__dict__[_OWNER] = weakref.ref(self)
         self.plan, self.device, self.backbone = plan, device, backbone
+        self.ledger = Ledger(device, plan)
         self.timestep_scale = backbone.timestep_scale
         units, unit_of = units_of(backbone)
         pinned = functools.partial(HostArena, pin=device.type == "cuda")
@@ -124,6 +126,7 @@ class StreamedModel(Wrapper):
             trainable=self._trainable,
         )
         self.sums = HeldSums(self._parts)
+        self._load: Callable[[], None] | None = None
         self.optimizer = optimizer
         if optimizer is not None:
             optimizer.bind(self)
@@ -155,8 +158,21 @@ class StreamedModel(Wrapper):
         module = meta_transformer(folder, dtype)
         buffers = fill_buffers(module, files)  # before the stages are made: they take copies
         model = cls(module, plan, device=device)
-        model.store.load(files, buffers=buffers)
+        model._load = functools.partial(model.store.load, files, buffers=buffers)
+        model._load()
         return model
+
+    def reload(self) -> None:
+        """Read the weights from the files of `from_pretrained` once more.
+
+        Raises:
+            ValueError: the model was not made from files.
+        """
+        if self._load is None:
+            raise ValueError("this StreamedModel was not read from files: there is nothing to read again")
+        self._load()
+        for unit in self.store.units:
+            self.weights_changed(unit)
 
     # ---- the transformer's own call --------------------------------------------------------------------------------
 

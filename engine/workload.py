@@ -45,34 +45,37 @@ class Budget:
 
 @dataclass(frozen=True)
 class RewardLoad:
-    """What a reward takes on the device while it is differentiated. It is off the card in all other phases.
+    """What a reward takes on the device in its phase. It is off the card in all other phases.
 
     Attributes:
         weight_bytes: of its models, which wait on the host.
         activation_bytes: for one picture.
-        flops: for one picture, forward and backward.
+        flops: for one picture, forward and backward; of sampling alone: forward.
         checkpointed: whether its decoder recomputes in backward.
+        blocks: residual, attention and encoder blocks, each of them launched once a microbatch.
     """
 
     weight_bytes: int
     activation_bytes: int
     flops: int
     checkpointed: bool = False
+    blocks: int = 0
 
 
 @dataclass(frozen=True)
 class Workload:
-    """One optimizer step.
+    """One optimizer step, or with `legs=0` one batch of pictures.
 
     Attributes:
         batch: samples that go through the model together.
         resolution, patch: pixels a side of FLUX's and SD3's pictures, and of one token of them.
         text_tokens: of the prompt.
         num_inference_steps: evaluations of the rollout; 0: none, as in supervised training.
-        legs: evaluations to be differentiated.
+        legs: evaluations to be differentiated; 0: pictures are drawn and decoded without gradients, nothing is trained.
         nested: a leg passes a gradient on to the next one (LeapAlign's discount is not 0).
         gradient_accumulation_steps: batches a step.
-        microbatch, mode, optimizer_on: fixed by the user; None: the planner chooses.
+        microbatch: rows at once, of the model and of the reward; fixed by the user, or None: the planner chooses.
+        mode, optimizer_on: in the same way.
         dtype: of the weights.
         optimizer: "adamw8bit"; "adamw", whose gradients, moments and average are float32 on the host; "gradients":
             none, the float32 gradients stay on the host.
@@ -110,7 +113,7 @@ class Workload:
             "patch": 1,
             "text_tokens": 1,
             "num_inference_steps": 0,
-            "legs": 1,
+            "legs": 0,
             "gradient_accumulation_steps": 1,
         }
         for name, lowest in least.items():
@@ -124,12 +127,13 @@ class Workload:
     @property
     def holds(self) -> bool:
         """Whether the gradients of all legs are summed on the host before the first update."""
-        return self.optimizer == "adamw8bit" and (self.clip == "global" or self.gradient_accumulation_steps > 1)
+        waits = self.clip == "global" or self.gradient_accumulation_steps > 1
+        return self.legs > 0 and self.optimizer == "adamw8bit" and waits
 
     @property
     def first_passes(self) -> int:
         """Products of single legs before the last one."""
-        return self.legs - 1 if self.nested else 0
+        return max(self.legs - 1, 0) if self.nested else 0
 
     def with_batch(self, batch: int) -> Workload:
         """The same with fewer samples."""

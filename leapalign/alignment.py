@@ -25,7 +25,10 @@ from leapalign.rollout import Trajectory, rollout
 from leapalign.surrogates import LeapAlign, Surrogate, leapalign2, per_sample
 
 Reward = Callable[[Tensor], Tensor]
-Executor = Literal["autograd", "reference", "streamed-paired", "streamed-held"]
+Executor = Literal["autograd", "reference", "streamed", "streamed-paired", "streamed-held"]
+MODES: dict[str, Literal["paired", "held"] | None] = {
+    "streamed": None, "streamed-paired": "paired", "streamed-held": "held"
+}  # fmt: skip
 
 NOT_DIFFERENTIABLE = "reward is not differentiable: compute it from the latents given, without no_grad or detach"
 
@@ -77,7 +80,6 @@ def alignment_gradients(
     generator: torch.Generator | None = None,
     executor: Executor = "autograd",
     microbatch: int | None = None,
-    keep_block_inputs: bool = True,
     scale: float = 1.0,
     sink: Sink | None = None,
     hold: bool = False,
@@ -96,18 +98,19 @@ def alignment_gradients(
         noise: (B, ...) latents at sigmas[0]. Latents are kept in this dtype, and in float32 at least.
         sigmas: (T + 1,) noise levels falling from 1 to 0, T >= 2 Euler steps.
         reward: differentiable, (B, ...) latents x_0 -> (B,). It is called once with the whole batch; one with a method
-            `select(rows: slice)` is called microbatch by microbatch.
+            `select(rows: slice)` is called microbatch by microbatch. With a streamed executor it finds the latents where
+            the noise is, and one with a method `visit()` is inside that context manager during its phase.
         method: LeapAlign(alpha, tau, threshold).
         pairs: (B, 2) integer step indices into the rollout, k_index < j_index < T. None: drawn uniformly.
         generator: draws the pairs where `pairs` is None; None for a fresh one seeded 0.
         executor: "autograd" runs the decoupled phases; "reference" one graph through both leaps and the reward, the
             paper's algorithm literally (an oracle for small models). With the streamed ones the weights stay in host
             memory, and so do the gradients returned: "streamed-paired" runs the second leap once more for its input
-            gradient, "streamed-held" keeps its weight gradients on the host, in the weights' dtype.
+            gradient, "streamed-held" keeps its weight gradients on the host, in the weights' dtype, and "streamed" does
+            what the StreamedModel's plan says, which decides all else in any case.
         microbatch: samples in one transformer call (decoupled executor: and in one graph); None for the whole batch.
-            A StreamedModel splits the batch as its own plan says, and this is for the reward alone.
-        keep_block_inputs: streamed executors: keep the block inputs of the two evaluations from the rollout, 0.5 GiB a
-            sample and leap of FLUX.1-dev at 512 x 512, instead of running the forward pass again.
+            A StreamedModel splits the batch as its own plan says: there this is for the reward alone, and None the
+            plan's.
         scale: factor on all gradients (1 / passes where passes are accumulated); `loss` is reported without it.
         sink: streamed executors: takes every finished gradient, sums that were held included, in the last product,
             instead of the result. Once every unit, zeros if no sample is active.
@@ -124,7 +127,7 @@ def alignment_gradients(
     noise = noise.detach().to(torch.promote_types(noise.dtype, torch.float32))
     num_steps = _check_inputs(transformer, conditioning, noise, sigmas, executor, microbatch)
     pairs = _resolve_pairs(pairs, generator, noise.shape[0], num_steps).to(noise.device)
-    if executor == "streamed-paired" or executor == "streamed-held":
+    if executor in MODES:
         from leapalign.streamed import streamed_gradients  # it needs this module's result type
 
         return streamed_gradients(
@@ -135,9 +138,8 @@ def alignment_gradients(
             reward,
             method,
             pairs,
-            mode="paired" if executor == "streamed-paired" else "held",
+            mode=MODES[executor],
             microbatch=microbatch,
-            keep_block_inputs=keep_block_inputs,
             scale=scale,
             sink=sink,
             hold=hold,
@@ -191,7 +193,7 @@ def reward_gradient(
         scorer = select_rows(rows) if select_rows else reward
         with torch.enable_grad():
             x = latents[rows].detach().requires_grad_()
-            r = score(scorer, x).to(weights.dtype)
+            r = score(scorer, x).to(weights)  # from where the reward runs
             loss = hinge(r, weights[rows], threshold).sum() / batch
         rewards[rows] = r.detach()
         check_finite(r.detach(), "reward", range(batch)[rows])
@@ -269,7 +271,7 @@ def _check_delivery(transformer: nn.Module, executor: str, sink: Sink | None, ho
     """Refuse a sink or held sums where there is nothing to deliver to or to hold them."""
     if sink is not None and hold:
         raise ValueError("sink and hold=True are both given: hold all passes but the last, and give that one the sink")
-    if (sink is not None or hold) and not executor.startswith("streamed"):
+    if (sink is not None or hold) and executor not in MODES:
         name = "hold=True" if hold else "sink"
         raise ValueError(f"executor={executor!r} takes no {name}: use streamed-paired or streamed-held")
     if hold and not isinstance(transformer, StreamedModel):
@@ -289,9 +291,9 @@ def _check_inputs(
     """Refuse what cannot be meant; returns the number of rollout steps."""
     if executor not in get_args(Executor):
         raise ValueError(f"executor={executor!r}: choose one of {', '.join(get_args(Executor))}")
-    if isinstance(transformer, StreamedModel) and not executor.startswith("streamed"):
+    if isinstance(transformer, StreamedModel) and executor not in MODES:
         raise ValueError(
-            f"executor={executor!r} needs all weights in a graph: give a StreamedModel streamed-paired or streamed-held"
+            f"executor={executor!r} needs all weights in a graph: give a StreamedModel the executor streamed"
         )
     if microbatch is not None and microbatch < 1:
         raise ValueError(f"microbatch={microbatch} must be at least 1, or None for the whole batch")

@@ -1,13 +1,25 @@
-"""Shapes of published models, so that a step can be planned and simulated without their files.
+"""Shapes of models, so that a step can be planned and simulated without their weights.
 
-From the config.json files of the repositories, whose weights are gated.
+Those of published models are here, from the config.json files of the repositories, whose weights are gated. Others' are
+read from a folder or the hub.
 """
 
 from __future__ import annotations
 
+import functools
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from leapalign.errors import UsageError
+from leapalign.rewards.clip import CLIPSCORE, PICKSCORE
+
+if TYPE_CHECKING:
+    from leapalign.keys import AlignConfig
 
 # transformer/config.json of black-forest-labs/FLUX.1-dev: 11.9 billion parameters
 FLUX1_DEV: Mapping[str, Any] = {
@@ -62,12 +74,12 @@ class Clip:
     """A CLIP model's towers, and the number of their parameters."""
 
     parameters: int
-    vision: Mapping[str, int]
+    vision: Mapping[str, Any]
 
 
-# config.json of yuvalkirstain/PickScore_v1 (CLIP ViT-H/14) and openai/clip-vit-large-patch14
+# config.json of PickScore (CLIP ViT-H/14) and of CLIPScore's CLIP ViT-L/14
 CLIPS: Mapping[str, Clip] = {
-    "pickscore": Clip(
+    PICKSCORE: Clip(
         986_109_441,
         {
             "hidden_size": 1280,
@@ -79,7 +91,7 @@ CLIPS: Mapping[str, Clip] = {
             "projection_dim": 1024,
         },
     ),
-    "clipscore": Clip(
+    CLIPSCORE: Clip(
         427_616_513,
         {
             "hidden_size": 1024,
@@ -97,3 +109,75 @@ TRANSFORMERS: Mapping[str, Mapping[str, Any]] = {
     "black-forest-labs/FLUX.1-dev": FLUX1_DEV,
     "stabilityai/stable-diffusion-3.5-medium": SD35_MEDIUM,
 }
+
+
+def transformer_config(config: AlignConfig) -> Mapping[str, Any]:
+    """transformer/config.json of the pipeline: known for its name, or from its folder or the hub.
+
+    Raises:
+        UsageError: it is not there.
+    """
+    name = config.pretrained_model_name_or_path
+    return TRANSFORMERS[name] if name in TRANSFORMERS else _read(name, "transformer")
+
+
+def vae_config(config: AlignConfig) -> Mapping[str, Any]:
+    """vae/config.json of the pipeline, in the same way."""
+    name = config.pretrained_model_name_or_path
+    return VAE if name in TRANSFORMERS else _read(name, "vae")
+
+
+def clip_of(config: AlignConfig) -> Clip | None:
+    """The CLIP model of the config's reward; None for the packaged reward, which has none.
+
+    Raises:
+        UsageError: its config.json is not there.
+    """
+    if config.reward == "shapes":
+        return None
+    name = config.reward_model_name_or_path or {"pickscore": PICKSCORE, "clipscore": CLIPSCORE}[config.reward]
+    return CLIPS[name] if name in CLIPS else _read_clip(name)
+
+
+def _read(name: str, part: str) -> Mapping[str, Any]:
+    from leapalign.pipeline import resolve_model
+
+    source = resolve_model(name)
+    found: Mapping[str, Any]
+    try:
+        if isinstance(source, Path):
+            found = json.loads((source / part / "config.json").read_text(encoding="utf-8"))
+        else:
+            found = _from_hub(source, part)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UsageError(
+            f"pretrained_model_name_or_path = '{name}': {part}/config.json, from which memory is planned, could not be "
+            f"read: {reason}; name a pipeline folder, a hub id within reach, or one of {', '.join(TRANSFORMERS)}"
+        ) from error
+    return found
+
+
+@functools.cache
+def _from_hub(name: str, part: str) -> Mapping[str, Any]:
+    from diffusers import AutoencoderKL
+
+    found: Mapping[str, Any] = AutoencoderKL.load_config(name, subfolder=part)  # of any class: it reads config.json
+    return found
+
+
+@functools.cache
+def _read_clip(name: str) -> Clip:
+    from transformers import CLIPConfig, CLIPModel
+
+    try:
+        shapes = CLIPConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UsageError(
+            f"reward_model_name_or_path = '{name}': its config.json, from which memory is planned, could not be read: "
+            f"{reason}; name the folder or hub id of a CLIP model"
+        ) from error
+    with torch.device("meta"):
+        model = CLIPModel(shapes)
+    return Clip(sum(each.numel() for each in model.parameters()), shapes.vision_config.to_dict())

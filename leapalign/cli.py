@@ -48,12 +48,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         _complain("stopped; checkpoints already written stay valid")
         return FAILED
+    except MemoryError as error:
+        _complain(f"out of host memory: {error}; lower --train_batch_size or --resolution, or end other programs")
+        return FAILED
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":
             raise
         _complain(
-            f"out of device memory: {error}; lower --microbatch or --resolution, "
-            "set --gradient_checkpointing or --executor streamed, or use a card with more memory"
+            f"out of device memory: {error}; lower --vram, --train_batch_size or --resolution, or use a card with more "
+            "memory"
         )
         return FAILED
 
@@ -100,11 +103,10 @@ def _align(_: argparse.Namespace, config: AlignConfig) -> int:
 
 def _plan(options: argparse.Namespace, config: AlignConfig) -> int:
     _quiet()
-    from leapalign.engine.workload import Budget, Machine
+    from leapalign.engine.workload import Machine
     from leapalign.plan_command import plan_command
 
-    machine = Machine.read(options.machine) if options.machine else Machine()
-    result = plan_command(config, Budget(options.vram, options.ram), machine)
+    result = plan_command(config, Machine.read(options.machine) if options.machine else Machine())
     text = result.pop("table")
     print(json.dumps(result, indent=2) if options.json else text)
     return DONE
@@ -174,10 +176,9 @@ _COMMANDS = {
     "align": _Command(_align, "align all parameters of a pipeline's transformer with a reward"),
     "plan": _Command(
         _plan,
-        "say what a run would hold, move and take, phase by phase, from the shapes of its models alone",
+        "say what a run would hold, move and take, phase by phase, within --vram and --ram (default: no limit), from the "
+        "shapes of its models alone",
         {
-            "vram": {"metavar": "SIZE", "help": "device memory that it may take, e.g. 24GiB (default: no limit)"},
-            "ram": {"metavar": "SIZE", "help": "host memory that it may take, e.g. 64GiB (default: no limit)"},
             "machine": {"metavar": "FILE", "help": "JSON with flops_per_s, h2d_bytes_per_s and so on"},
             "json": {"action": "store_true", "help": "print JSON instead of a table"},
         },

@@ -12,6 +12,7 @@ import gc
 import hashlib
 import json
 import logging
+import math
 import os
 import sys
 import uuid
@@ -28,6 +29,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from leapalign.engine.sizes import spell_bytes
 from leapalign.errors import UsageError
 
 log = logging.getLogger(__name__)
@@ -37,6 +39,7 @@ SHARD_BYTES = 512 * MIB  # what encoding holds in memory before it writes a file
 SHARD_PROMPTS = 4096  # keeps the header, which is read when a store is opened, below 1 MB
 HASH_WHOLE_BELOW = 64 * MIB  # larger files: size, time of change and both ends
 TOKENS_A_BATCH = 4096
+ENCODING_BYTES = 2 * 2**30  # of the device, beside the encoders' weights: its context, and the activations of a batch
 _ENCODERS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 
 
@@ -78,6 +81,7 @@ def embed_prompts(
     max_sequence_length: int,
     cache_dir: str | Path | None = None,
     device: str | torch.device = "cpu",
+    device_bytes: float = math.inf,
     dtype: torch.dtype = torch.float32,
 ) -> EmbeddingStore:
     """T5 and CLIP embeddings of the distinct `prompts`; those in the cache are not computed again.
@@ -89,6 +93,7 @@ def embed_prompts(
         max_sequence_length: tokens of the T5 embedding; longer prompts are cut, with a warning.
         cache_dir: folder of the cache; None: $LEAPALIGN_CACHE, else leapalign/ in $XDG_CACHE_HOME or ~/.cache.
         device, dtype: where and in which precision the encoders run; the embeddings are kept in `dtype`.
+        device_bytes: of the device that may be taken; encoders that need more run on the CPU, with a warning.
 
     Raises:
         UsageError: no text encoders there, or a damaged file in the cache.
@@ -107,7 +112,7 @@ def embed_prompts(
     missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in cached]
     if not missing:
         return EmbeddingStore(folder, cached, encoded=0)
-    _encode(source, missing, folder, max_sequence_length, torch.device(device), dtype)
+    _encode(source, missing, folder, max_sequence_length, torch.device(device), device_bytes, dtype)
     return EmbeddingStore(folder, _open_files(folder), encoded=len(missing))
 
 
@@ -121,15 +126,18 @@ def cache_folder(cache_dir: str | Path | None = None) -> Path:
 
 
 def _encode(
-    source: Path, prompts: list[str], folder: Path, length: int, device: torch.device, dtype: torch.dtype
-) -> None:
+    source: Path, prompts: list[str], folder: Path, length: int, device: torch.device, device_bytes: float,
+    dtype: torch.dtype,
+) -> None:  # fmt: skip
     """Encode `prompts` and add them to `folder`, a file for every SHARD_BYTES."""
     from diffusers import FluxPipeline
     from transformers import CLIPTextModel, T5EncoderModel
 
     # In the file's own dtype the weights stay mapped from disk: the host needs no copy of them beside the device's.
-    clip = CLIPTextModel.from_pretrained(source / "text_encoder", dtype=dtype).to(device)
-    t5 = T5EncoderModel.from_pretrained(source / "text_encoder_2", dtype=dtype).to(device)
+    clip = CLIPTextModel.from_pretrained(source / "text_encoder", dtype=dtype)
+    t5 = T5EncoderModel.from_pretrained(source / "text_encoder_2", dtype=dtype)
+    device = place(device, device_bytes, sum(weight.nbytes for model in (clip, t5) for weight in model.parameters()))
+    clip, t5 = clip.to(device), t5.to(device)
     pipeline = FluxPipeline.from_pretrained(source, text_encoder=clip, text_encoder_2=t5, transformer=None, vae=None)
     _warn_of_cuts(pipeline.tokenizer_2, prompts, length)
     done: list[str] = []
@@ -154,6 +162,19 @@ def _encode(
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def place(device: torch.device, device_bytes: float, weight_bytes: int) -> torch.device:
+    """The device, or the CPU if the encoders' weights and a batch's activations are more than it may hold."""
+    needed = weight_bytes + ENCODING_BYTES
+    if device.type == "cpu" or needed <= device_bytes:
+        return device
+    log.warning(
+        "the text encoders take %s of device memory, and there are %s: they run on the CPU, once for all prompts",
+        spell_bytes(needed),
+        spell_bytes(int(device_bytes)),
+    )
+    return torch.device("cpu")
 
 
 def _write(folder: Path, prompts: list[str], hidden: list[Tensor], pooled: list[Tensor]) -> None:

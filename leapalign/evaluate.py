@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,7 +23,7 @@ from leapalign.pipeline import FlowPipeline, configured_pipeline
 from leapalign.prompts import Prompt
 from leapalign.rewards import RewardModel, load_reward
 from leapalign.rollout import rollout
-from leapalign.streamed import streamed_rollout
+from leapalign.streamed import reward_phase, streamed_rollout
 
 SHOWN = 12  # pictures kept to look at
 
@@ -50,7 +51,7 @@ def generate(
     Args:
         prompts: N texts whose embeddings `store` has.
         noise: (N, S, C) packed latents at sigma 1, on any device.
-        microbatch: pictures at once; None for all.
+        microbatch: pictures at once; None for all. A streamed transformer splits them further, as its plan says.
 
     Returns:
         (N, 3, resolution, resolution) float32 in [0, 1], on the CPU.
@@ -60,9 +61,23 @@ def generate(
     pictures = []
     for rows in microbatches(len(prompts), microbatch):
         conditioning = pipeline.conditioning(store.batch(prompts[rows]), resolution, guidance_scale)
-        latents = _sample(pipeline.transformer, conditioning, noise[rows].to(pipeline.device), sigmas)
-        pictures.append(pipeline.decode(latents).float().cpu())
+        latents = _sample(pipeline.transformer, conditioning, noise[rows].to(pipeline.home), sigmas)
+        with picture_phase(pipeline):
+            pictures += [pipeline.decode(latents[few]).float().cpu() for few in pictures_at_once(pipeline, len(latents))]
     return torch.cat(pictures)
+
+
+def picture_phase(pipeline: FlowPipeline, *models: object) -> AbstractContextManager[None]:
+    """Inside the block VAE and models are on the device, and a streamed transformer's weights as its plan says."""
+    if isinstance(pipeline.transformer, StreamedModel):
+        return reward_phase(pipeline.transformer, lambda: pipeline.visit(*models))
+    return pipeline.visit(*models)
+
+
+def pictures_at_once(pipeline: FlowPipeline, count: int) -> Iterator[slice]:
+    """The rows of `count` pictures that a VAE or reward takes at once, where the transformer is streamed."""
+    transformer = pipeline.transformer
+    return microbatches(count, transformer.plan.reward_microbatch if isinstance(transformer, StreamedModel) else None)
 
 
 def _sample(transformer: nn.Module, conditioning: Mapping[str, Any], noise: Tensor, sigmas: Tensor) -> Tensor:
@@ -167,7 +182,7 @@ def evaluate(
     repeated = [prompt for prompt in prompts for _ in range(images_per_prompt)]
     shape = pipeline.latent_shape(config.resolution)
     rewards, correct, colours, shown = [], [], [], []
-    for rows in microbatches(len(repeated), config.microbatch or config.train_batch_size):
+    for rows in microbatches(len(repeated), batch_size(config)):
         batch = repeated[rows]
         texts = [prompt.text for prompt in batch]
         pictures = generate(
@@ -179,7 +194,9 @@ def evaluate(
             num_inference_steps=config.validation_inference_steps,
             guidance_scale=config.guidance_scale,
         )
-        rewards.append(reward(pictures.to(pipeline.device), texts).float().cpu())
+        with picture_phase(pipeline, reward):
+            for few in pictures_at_once(pipeline, len(pictures)):
+                rewards.append(reward(pictures[few].to(pipeline.device), texts[few]).float().cpu())
         shown += [
             picture for picture, index in zip(pictures, range(rows.start, rows.stop), strict=True) if index in wanted
         ]
@@ -237,6 +254,11 @@ def evaluate_command(
     pipeline = configured_pipeline(config, transformer)
     result = evaluate(pipeline, store, prompts, reward or load_reward(config), config)
     return {**result.as_dict(), "table": table(result)}
+
+
+def batch_size(config: AlignConfig) -> int:
+    """Pictures to draw together; a streamed transformer takes a whole batch and splits it as its plan says."""
+    return config.train_batch_size if config.executor == "streamed" else config.microbatch or config.train_batch_size
 
 
 def embedding_dtype(config: AlignConfig) -> torch.dtype:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -74,7 +76,8 @@ class FlowPipeline:
     Attributes:
         transformer: float32 weights that require grad; in eval mode (no dropout, so that a second evaluation is the
             rollout's own). A StreamedModel has them in host memory, perhaps in bfloat16, and computes on the device.
-        vae: frozen, in eval mode, in its own dtype.
+        vae: frozen, in eval mode, in its own dtype. On the device, or if the transformer is streamed in host memory, from
+            where it comes to the device inside `visit`.
         scheduler: gives the sigmas; its stepping is not used.
         source: folder or hub id the pipeline came from.
     """
@@ -89,6 +92,29 @@ class FlowPipeline:
         """Where the transformer computes."""
         device: torch.device = self.transformer.device
         return device
+
+    @property
+    def home(self) -> torch.device:
+        """Where latents and prompt embeddings wait between evaluations: host memory if the transformer is streamed."""
+        from leapalign.engine.streamed import StreamedModel
+
+        return torch.device("cpu") if isinstance(self.transformer, StreamedModel) else self.device
+
+    @contextmanager
+    def visit(self, *models: object) -> Iterator[None]:
+        """Inside the block the VAE and the models are where the transformer computes.
+
+        Args:
+            models: modules, or objects with modules as attributes; those that have a place of their own stay there.
+        """
+        from leapalign.engine.visiting import visiting
+
+        parts = [self.vae, *(part for model in models for part in [model, *getattr(model, "__dict__", {}).values()])]
+        with ExitStack() as stack:
+            for part in parts:
+                if isinstance(part, torch.nn.Module):
+                    stack.enter_context(visiting(part, self.device))
+            yield
 
     @property
     def parameters(self) -> dict[str, torch.nn.Parameter]:
@@ -117,30 +143,30 @@ class FlowPipeline:
             embeds: encoder_hidden_states (B, L, D) and pooled_projections (B, P), on any device in any float dtype.
 
         Returns:
-            Both in the transformer's dtype on its device; txt_ids (L, 3) zeros; img_ids (S, 3) rows and columns of the
+            Both in the transformer's dtype at `home`, as all others; txt_ids (L, 3) zeros; img_ids (S, 3) rows and columns of the
             patches; guidance (B,) float32 if the transformer embeds guidance.
         """
-        conditioning = {name: e.to(device=self.device, dtype=self.transformer.dtype) for name, e in embeds.items()}
+        conditioning = {name: e.to(device=self.home, dtype=self.transformer.dtype) for name, e in embeds.items()}
         text = conditioning["encoder_hidden_states"]
         side = resolution // (2 * self._vae_scale)
-        steps = torch.arange(side, device=self.device, dtype=text.dtype)
-        zero = torch.zeros(side, side, device=self.device, dtype=text.dtype)
+        steps = torch.arange(side, device=self.home, dtype=text.dtype)
+        zero = torch.zeros(side, side, device=self.home, dtype=text.dtype)
         rows, columns = steps[:, None].expand(side, side), steps.expand(side, side)
         conditioning["img_ids"] = torch.stack([zero, rows, columns], dim=-1).reshape(side * side, 3)
         conditioning["txt_ids"] = text.new_zeros(text.shape[1], 3)
         if self.transformer.config.guidance_embeds:
-            conditioning["guidance"] = torch.full((len(text),), guidance_scale, device=self.device)
+            conditioning["guidance"] = torch.full((len(text),), guidance_scale, device=self.home)
         return conditioning
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Pictures (B, 3, H, W) in [0, 1] of packed latents (B, S, C); differentiable, in the VAE's dtype.
+        """Pictures (B, 3, H, W) in [0, 1] of packed latents (B, S, C); differentiable, in the VAE's dtype, where it is.
 
         z / scaling_factor + shift_factor, VAE, x * 0.5 + 0.5, clamp. The clamp stops the gradient of saturated pixels.
         Never tiled: seams of tiles change the gradient. Pictures are square.
         """
         side = round(latents.shape[1] ** 0.5)
         assert side * side == latents.shape[1], f"{latents.shape[1]} tokens are no square picture"
-        z = latents.to(self.vae.dtype).unflatten(1, (side, side)).unflatten(-1, (-1, 2, 2))
+        z = latents.to(self.vae.device, self.vae.dtype).unflatten(1, (side, side)).unflatten(-1, (-1, 2, 2))
         z = z.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)  # (B, h, w, C/4, 2, 2) -> (B, C/4, 2 h, 2 w)
         z = z / self.vae.config.scaling_factor + (self.vae.config.shift_factor or 0.0)
         return (self.vae.decode(z, return_dict=False)[0] * 0.5 + 0.5).clamp(0, 1)
@@ -171,7 +197,8 @@ def load_pipeline(
         transformer: a transformer folder to take instead of the pipeline's own.
         mixed_precision: "bf16" evaluates the transformer under bfloat16 autocast; "no" in float32.
         vae_dtype: float32 keeps the reward's gradient exact; FLUX.1's VAE is small beside the transformer.
-        plan: makes the transformer a StreamedModel with its weights in host memory; `device` is where it computes.
+        plan: makes the transformer a StreamedModel with its weights in host memory; `device` is where it computes, and
+            the VAE waits on the host.
         weight_dtype: of a StreamedModel's weights, which it computes in.
 
     Raises:
@@ -193,30 +220,42 @@ def load_pipeline(
     except OSError as error:
         reason = str(error).strip().partition("\n")[0]
         raise UsageError(f"pretrained_model_name_or_path = '{name}' could not be loaded: {reason}") from error
+    model.eval().requires_grad_(True)
     if plan is None:
         _own_memory(model)
         model.to(device)
-    model.eval().requires_grad_(True)
-    vae.to(device).eval().requires_grad_(False)
+        vae.to(device)
+    elif plan.checkpoint_reward:
+        vae.enable_gradient_checkpointing()
+    vae.eval().requires_grad_(False)
     if mixed_precision == "bf16":
         _autocast(model)
     return FlowPipeline(model, vae, scheduler, source)
 
 
-def configured_pipeline(config: AlignConfig, transformer: str | Path | None = None) -> FlowPipeline:
+def configured_pipeline(
+    config: AlignConfig, transformer: str | Path | None = None, *, plan: MemoryPlan | None = None
+) -> FlowPipeline:
     """`load_pipeline` as the run's config says: model, device, precision and executor.
 
     Args:
         transformer: a transformer folder to take instead of the pipeline's own.
-    """
-    from leapalign.engine.plan import MemoryPlan
+        plan: of a streamed run; None plans for drawing pictures alone.
 
+    Raises:
+        UsageError: as `load_pipeline`, or memory in which no plan fits.
+    """
+    device = resolve_device(config.device)
+    if config.executor == "streamed" and plan is None:
+        from leapalign.planning import plan_run
+
+        plan = plan_run(config, device, sampling=True)
     return load_pipeline(
         config.pretrained_model_name_or_path,
-        device=resolve_device(config.device),
+        device=device,
         transformer=transformer,
         mixed_precision=config.mixed_precision,
-        plan=MemoryPlan(microbatch=config.microbatch) if config.executor == "streamed" else None,
+        plan=plan,
         weight_dtype=torch.bfloat16 if config.weight_dtype == "bf16" else torch.float32,
     )
 

@@ -10,20 +10,23 @@ from torch import Tensor
 
 from leapalign.draws import draw_noise
 from leapalign.embeddings import EmbeddingStore, embed_prompts
-from leapalign.evaluate import embedding_dtype, generate
+from leapalign.evaluate import batch_size, embedding_dtype, generate
 from leapalign.keys import AlignConfig
 from leapalign.pictures import GAP, PAPER, SMALLEST_TILE, tile, to_image
 from leapalign.pipeline import configured_pipeline, resolve_device, resolve_model
+from leapalign.planning import run_budget
 
 
 def prompt_store(config: AlignConfig, prompts: Sequence[str]) -> EmbeddingStore:
     """The embeddings of `prompts` under the config's pipeline, cache, device and precision."""
+    device = resolve_device(config.device)
     return embed_prompts(
         resolve_model(config.pretrained_model_name_or_path),
         prompts,
         max_sequence_length=config.max_sequence_length,
         cache_dir=config.cache_dir,
-        device=resolve_device(config.device),
+        device=device,
+        device_bytes=run_budget(config, device)[0].device_bytes,
         dtype=embedding_dtype(config),
     )
 
@@ -51,7 +54,7 @@ def sample_command(
         resolution=config.resolution,
         num_inference_steps=config.validation_inference_steps,
         guidance_scale=config.guidance_scale,
-        microbatch=config.microbatch or config.train_batch_size,
+        microbatch=batch_size(config),
     )
     notes = PngInfo()
     for number, prompt in enumerate(prompts, 1):

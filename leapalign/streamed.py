@@ -14,9 +14,9 @@ that both also run on fake tensors.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,15 @@ from leapalign.surrogates import LeapAlign, Surrogate, leapalign2, per_sample
 
 Mode = Literal["paired", "held"]
 Steps = Sequence[Sequence[int]]  # B times n rollout steps, each sample's in rising order
+
+
+@runtime_checkable
+class VisitingReward(Protocol):
+    """A reward whose models come to the device for its phase only."""
+
+    def visit(self) -> AbstractContextManager[None]:
+        """Inside the block they are there."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -67,31 +76,39 @@ def streamed_gradients(
     method: LeapAlign,
     pairs: Tensor,
     *,
-    mode: Mode,
+    mode: Mode | None,
     microbatch: int | None,
-    keep_block_inputs: bool,
     scale: float = 1.0,
     sink: Sink | None = None,
     hold: bool = False,
 ) -> GradientResult:
-    """`leapalign.alignment_gradients` with executor "streamed-paired" or "streamed-held"; see there.
+    """`leapalign.alignment_gradients` with a streamed executor; see there.
+
+    Args:
+        mode: None: the plan's, as is all else.
+        microbatch: the reward's; None: the plan's.
 
     Without a sink or `hold` the gradients come back on the host, 4 bytes a parameter (8 for float64).
     """
     seconds: dict[str, float] = {}
     own = GradientDictionary() if sink is None and not hold else None
     goal = own if own is not None else sink
-    with streamed_model(transformer, microbatch) as model:
-        parameters = trainable(model)
-        keep = keep_block_inputs and bool(parameters)
+    with streamed_model(transformer, microbatch, reward_microbatch=microbatch or noise.shape[0]) as model:
+        parameters, plan = trainable(model), model.plan
+        visit = reward.visit if isinstance(reward, VisitingReward) else nullcontext
+        keep = plan.keep_block_inputs and bool(parameters)
         with timed(seconds, "rollout", model.device):
             rolled = streamed_rollout(model, conditioning, noise, sigmas, pairs.tolist(), keep_block_inputs=keep)
         try:
             trajectory = rolled.trajectory
             surrogate = leapalign2(trajectory, pairs, method)
-            with timed(seconds, "reward", noise.device):
+            with timed(seconds, "reward", model.device), reward_phase(model, visit):
                 rewards, loss, g = reward_gradient(
-                    reward, trajectory.final, surrogate.weights, method.threshold, microbatch=microbatch
+                    reward,
+                    trajectory.final,
+                    surrogate.weights,
+                    method.threshold,
+                    microbatch=microbatch or plan.reward_microbatch,
                 )
             with timed(seconds, "vjp", model.device):
                 active = torch.nonzero(g.flatten(1).any(1)).flatten().tolist()
@@ -102,7 +119,7 @@ def streamed_gradients(
                         rolled,
                         surrogate,
                         g * scale,
-                        mode=mode,
+                        mode=mode or plan.mode,
                         sink=goal,
                         active=active,
                         ready=refuse_infinite,
@@ -118,6 +135,19 @@ def streamed_gradients(
     return GradientResult(
         loss, rewards, surrogate.weights, surrogate.d_j, surrogate.d_0, found, pairs=pairs, seconds=seconds
     )
+
+
+@contextmanager
+def reward_phase(model: StreamedModel, visit: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
+    """Inside the block the device belongs to the reward: the transformer's weights leave it if the plan says so.
+
+    Args:
+        visit: makes the context in which the reward's models are on the device.
+    """
+    if model.plan.reward_residency == "off":
+        model.release_resident()
+    with model.ledger.phase("reward"), visit():
+        yield
 
 
 @torch.no_grad()
@@ -142,7 +172,8 @@ def streamed_rollout(
     batch = noise.shape[0]
     steps = [()] * batch if steps is None else steps
     sigmas = sigmas.to(device=noise.device, dtype=noise.dtype)
-    modulations = model.hoist(_condition_rows(model, conditioning, sigmas[:-1], batch))
+    with model.ledger.phase("hoist"):
+        modulations = model.hoist(_condition_rows(model, conditioning, sigmas[:-1], batch))
     record = model.record(batch * len(steps[0])) if keep_block_inputs and steps[0] else None
 
     def evaluate(step: int, rows: slice, latents: Tensor) -> Tensor:
@@ -156,7 +187,8 @@ def streamed_rollout(
         )
         return output.to(latents.dtype)
 
-    return StreamedRollout(euler(evaluate, noise, sigmas, keep=steps), steps, modulations, record)
+    with model.ledger.phase("rollout"):
+        return StreamedRollout(euler(evaluate, noise, sigmas, keep=steps), steps, modulations, record)
 
 
 @torch.no_grad()
@@ -211,13 +243,15 @@ def streamed_vjps(
             record_rows=[slot * batch + b for b in samples] if rolled.record else None,
         )
         if passes_on:
-            (found,) = model.vjp([leg], params="none" if mode == "paired" else "accumulate")
+            with model.ledger.phase("input gradient" if mode == "paired" else "first leg"):
+                (found,) = model.vjp([leg], params="none" if mode == "paired" else "accumulate")
             y = y + surrogate.discount * found["hidden_states"].to(y.dtype)
         if not (passes_on and mode == "held"):
             waiting.append(replace(leg, input_grads=()))  # with the record that a first pass has filled
     if ready is not None:
         ready(waiting, samples)
-    model.vjp(waiting, params="accumulate" if sink is None else "deliver", sink=sink)
+    with model.ledger.phase("weight gradients"):
+        model.vjp(waiting, params="accumulate" if sink is None else "deliver", sink=sink)
 
 
 def refuse_infinite(legs: Sequence[Leg], samples: Sequence[int]) -> None:
@@ -230,7 +264,9 @@ def refuse_infinite(legs: Sequence[Leg], samples: Sequence[int]) -> None:
 
 
 @contextmanager
-def streamed_model(transformer: nn.Module, microbatch: int | None) -> Iterator[StreamedModel]:
+def streamed_model(
+    transformer: nn.Module, microbatch: int | None, *, reward_microbatch: int = 1
+) -> Iterator[StreamedModel]:
     """The transformer itself if it is a StreamedModel, else one made of it inside the block.
 
     Raises:
@@ -244,7 +280,8 @@ def streamed_model(transformer: nn.Module, microbatch: int | None) -> Iterator[S
     if away is not None:
         raise ValueError(f"transformer is on {away}: a streamed executor takes a StreamedModel or a module on the CPU")
     try:
-        model = StreamedModel(transformer, MemoryPlan(microbatch=microbatch))
+        plan = MemoryPlan(microbatch=microbatch, reward_microbatch=reward_microbatch)
+        model = StreamedModel(transformer, plan)
         try:
             yield model
         finally:

@@ -46,7 +46,6 @@ class StreamedState:
             betas=(config.adam_beta1, config.adam_beta2),
             eps=config.adam_epsilon,
             weight_decay=config.adam_weight_decay,
-            placement=config.optimizer_device,
             clip=config.clip,
             max_grad_norm=config.max_grad_norm,
             master=config.master,
@@ -82,7 +81,7 @@ class StreamedState:
             if sink.broken is None:
                 raise
             raise HalfUpdatedError(
-                f"the gradient of {sink.broken} is not finite, and {len(sink.updated)} units are updated already"
+                f"the gradient of {sink.broken} is not finite, after {len(sink.updated)} units were updated"
             ) from error
 
     def update(self, grads: dict[str, Tensor]) -> float:
@@ -125,6 +124,21 @@ class StreamedState:
         save_model(self.model, folder, kind=AVERAGE if self.config.use_ema else "weights")
 
     @torch.no_grad()
+    def begin_again(self) -> None:
+        """Take the weights that the run began with from the model's files, and states of step 0."""
+        model, store = self.model, self.model.store
+        model.streamer.drain()
+        model.reload()
+        for values in self._states().values():
+            values.zero_()
+        for unit in store.units:
+            for kind in ("master", AVERAGE):  # they begin at the weights
+                if store.holds(kind):
+                    store.region(unit, kind).copy_(store.region(unit))
+        self._set_steps(0)
+        self.step = self.skipped = 0
+
+    @torch.no_grad()
     def restore(self, checkpoint: Path) -> list[str]:
         """Take everything from a checkpoint, bit for bit, straight into the store.
 
@@ -149,11 +163,14 @@ class StreamedState:
             warnings.append(no_average(checkpoint, state["step"]))
         for unit in store.units:
             self.model.weights_changed(unit)
-        self.optimizer.steps = json.loads((checkpoint / "optimizer" / "optimizer.json").read_text())["steps"]
-        for own in self.optimizer.state.values():
-            own["step"] = self.optimizer.steps
+        self._set_steps(json.loads((checkpoint / "optimizer" / "optimizer.json").read_text())["steps"])
         self.step, self.skipped = state["step"], state["skipped"]
         return [*warnings, *changed_settings(self.config, checkpoint)]
+
+    def _set_steps(self, steps: int) -> None:
+        self.optimizer.steps = steps
+        for own in self.optimizer.state.values():
+            own["step"] = steps
 
     def _states(self) -> dict[str, Tensor]:
         """{parameter/state: view of the store}: codes and scales of the moments, residual or master."""

@@ -131,6 +131,8 @@ class Tracking:
         self._metrics.flush()
         values = {f"train/{name}": value for name, value in row.items() if _is_number(value) and name != "step"}
         values |= {f"seconds/{phase}": value for phase, value in row["seconds"].items()}
+        for phase, found in row.get("memory", {}).items():
+            values |= {f"memory/{phase} {name}": value for name, value in found.items() if _is_number(value)}
         self._everywhere(lambda tracker: tracker.scalars(row["step"], values))
         self._line.show(row)
 

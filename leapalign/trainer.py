@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from leapalign.alignment import Executor, GradientResult, alignment_gradients
+from leapalign.alignment import GradientResult, alignment_gradients
 from leapalign.config import AlignConfig, check_output_dir, save_config
 from leapalign.draws import draw_noise, draw_pairs, draw_prompts
 from leapalign.engine import checkpoint as checkpoints
@@ -19,8 +20,9 @@ from leapalign.engine.streamed import StreamedModel
 from leapalign.errors import UsageError
 from leapalign.evaluate import Evaluation, table
 from leapalign.interruption import Interruption
+from leapalign.memory import RunPlan, memory_error, plan_of_run
 from leapalign.model_card import model_card
-from leapalign.pipeline import configured_pipeline
+from leapalign.pipeline import configured_pipeline, resolve_device
 from leapalign.prompts import load_prompts
 from leapalign.rewards import LatentReward, RewardModel, load_reward
 from leapalign.sampling import prompt_store
@@ -31,12 +33,6 @@ from leapalign.tracking import Tracking
 from leapalign.validation import Validation
 
 MOST_SKIPPED = 10  # steps in a row without a finite gradient: the run is lost, and going on would hide it
-
-EXECUTORS: dict[tuple[str, str], Executor] = {
-    ("autograd", "paired"): "autograd",
-    ("streamed", "paired"): "streamed-paired",
-    ("streamed", "held"): "streamed-held",
-}  # (executor, streamed_mode)
 
 
 @dataclass(frozen=True)
@@ -93,32 +89,74 @@ class Trainer:
         self.output_dir = Path(config.output_dir)
         self.method = LeapAlign(config.alpha, config.tau, config.threshold)
         self._given_reward = reward
+        self._streams = config.executor == "streamed"
+        self.planned: RunPlan | None = None
+        self._skipped_in_a_row = 0
+        self._left_out: dict[int, str] = {}  # {step: why}: a gradient was not finite after others had been applied
+        self._exceeded = False
 
     def run(self) -> Outcome:
         """Train to `max_train_steps`, or until SIGINT or SIGTERM, which finish the step and write a checkpoint.
 
         Raises:
-            UsageError: the folder holds a run already, something that the config names is not there, or the run has
-                diverged.
+            UsageError: the folder holds a run already, something that the config names is not there, the machine has
+                too little memory, or the run has diverged.
         """
         config = self.config
         start = check_output_dir(config)
         if start is not None:
             check_format(config, start)
-        self._load()
-        with self._open(start):
-            self._begin(start)
-            with Interruption() as interruption:
-                while self.state.step < config.max_train_steps and not interruption.requested:
-                    self.tracking.log(row := self._train_step())
-                    self._refuse_divergence(row)
-                    if self.state.step % config.checkpointing_steps == 0:
-                        self._save_checkpoint()
-                    if self.state.step % config.validation_steps == 0 and self.state.step < config.max_train_steps:
-                        self._validate()
-                return self._finish() if self.state.step >= config.max_train_steps else self._interrupted()
+        try:
+            self._load(start)
+            with self._open(start):
+                self._begin(start)
+                with Interruption() as interruption:
+                    while self.state.step < config.max_train_steps and not interruption.requested:
+                        self._advance(start)
+                    return self._finish() if self.state.step >= config.max_train_steps else self._interrupted()
+        except (MemoryError, RuntimeError) as error:
+            if told := memory_error(error, config, self.planned, self._resume_command()):
+                raise told from error
+            raise
 
     # ---- one step --------------------------------------------------------------------------------------------------
+
+    def _advance(self, start: Path | None) -> None:
+        """One step, and what is due after it.
+
+        A step that could not be left out whole goes back to the last checkpoint (or the run's beginning), and is left
+        out on the way that follows: it is the same way, bit for bit, up to there.
+        """
+        config = self.config
+        try:
+            row = self._train_step()
+        except HalfUpdatedError as error:
+            self._left_out[self.state.step] = str(error)
+            self._go_back(start)
+            return
+        if self.state.step <= self._told:
+            return
+        self._told = self.state.step
+        self.tracking.log(row)
+        self._refuse_divergence(row)
+        if self.state.step % config.checkpointing_steps == 0:
+            self._save_checkpoint()
+        if self.state.step % config.validation_steps == 0 and self.state.step < config.max_train_steps:
+            self._validate()
+
+    def _go_back(self, start: Path | None) -> None:
+        """Take weights and states of the last checkpoint, of the run's start, or of the model itself."""
+        left_out = self.state.step
+        assert isinstance(self.state, StreamedState), "only it updates before all gradients are known"
+        saved = [*([start] if start else []), *checkpoints.list_checkpoints(self.output_dir)]
+        if saved:
+            self.state.restore(saved[-1])
+        else:
+            self.state.begin_again()
+        self._skipped_in_a_row = 0
+        self.tracking.warn(
+            f"step {left_out}: {self._left_out[left_out]}; once more from step {self.state.step}, without this one"
+        )
 
     def _train_step(self) -> dict[str, Any]:
         """One optimizer step over the global batch; returns its row of metrics.jsonl.
@@ -126,17 +164,22 @@ class Trainer:
         A reward or a gradient that is not finite leaves weights, optimizer states and average as they are.
 
         Raises:
-            UsageError: a gradient was found not to be finite when others had been applied already.
+            HalfUpdatedError: a gradient was found not to be finite when others had been applied already.
         """
         start = time.perf_counter()
         self.state.step += 1
         seconds: dict[str, float] = {}
         row: dict[str, Any] = {"step": self.state.step, "skipped": False, "reason": None}
+        if self.ledger:
+            self.ledger.clear()
         try:
+            if self.state.step in self._left_out:
+                raise FloatingPointError(self._left_out[self.state.step])
             with self.state.delivery() as how:
                 grads, scores = self._gradients(seconds, **how)
             update_start = time.perf_counter()
-            grad_norm = self.state.update(grads)
+            with self.ledger.phase("update") if self.ledger and grads else nullcontext():
+                grad_norm = self.state.update(grads)
             seconds["optimizer"] = time.perf_counter() - update_start
             row |= {**scores, "grad_norm": grad_norm}
             self._skipped_in_a_row = 0
@@ -145,13 +188,19 @@ class Trainer:
             row |= {"skipped": True, "reason": str(error)}
             self.state.skipped += 1
             self._skipped_in_a_row += 1
-        except HalfUpdatedError as error:
-            raise UsageError(
-                f"step {self.state.step}: {error}; go on from the last checkpoint, where such a step is left out, with "
-                f"{self._resume_command()} --clip global"
-            ) from error
         seconds["total"] = time.perf_counter() - start
-        return {**row, "lr": learning_rate(self.config, self.state.step), "seconds": seconds}
+        row |= {"lr": learning_rate(self.config, self.state.step), "seconds": seconds}
+        return {**row, **self._memory()}
+
+    def _memory(self) -> dict[str, Any]:
+        """What the step took beside the plan; a phase that took more than planned is told, once a run."""
+        if self.ledger is None:
+            return {}
+        exceeded = self.ledger.exceeded()
+        if exceeded and not self._exceeded:
+            self._exceeded = True
+            self.tracking.warn(f"{exceeded[0]}; the limit is what `vram` says: lower it if memory runs short")
+        return self.ledger.row(self.state.step)
 
     def _gradients(self, seconds: dict[str, float], **how: Any) -> tuple[dict[str, Tensor], dict[str, float]]:
         """Gradients and scores averaged over the global batch; each phase's time is added to `seconds`.
@@ -195,13 +244,13 @@ class Trainer:
         return alignment_gradients(
             pipeline.transformer,
             pipeline.conditioning(self.store.batch(texts), config.resolution, config.guidance_scale),
-            noise.to(pipeline.device),
+            noise.to(pipeline.home),
             pipeline.sigmas(config.num_inference_steps, config.resolution),
             LatentReward(pipeline, self.reward, texts),
             self.method,
             pairs=draw_pairs(config.seed, self.state.step, samples, config.num_inference_steps),
-            executor=EXECUTORS[config.executor, config.streamed_mode],
-            microbatch=config.microbatch,
+            executor=config.executor,
+            microbatch=None if self.planned else config.microbatch,
             **how,
         )
 
@@ -214,14 +263,15 @@ class Trainer:
 
     # ---- before and after ------------------------------------------------------------------------------------------
 
-    def _load(self) -> None:
+    def _load(self, start: Path | None = None) -> None:
         """Everything that the run holds; the text encoders have come and gone when this returns."""
         config = self.config
+        self.planned = plan_of_run(config, resolve_device(config.device), start) if self._streams else None
         validation = config.validation_prompts
         self.train_prompts = [prompt.text for prompt in load_prompts(config.train_prompts, key="train_prompts")]
         self.validation_prompts = load_prompts(validation, key="validation_prompts") if validation is not None else []
         self.store = prompt_store(config, [*self.train_prompts, *(prompt.text for prompt in self.validation_prompts)])
-        self.pipeline = configured_pipeline(config)
+        self.pipeline = configured_pipeline(config, plan=self.planned.plan if self.planned else None)
         self.pipeline.latent_shape(config.resolution)  # refuses a resolution that the pipeline cannot make
         if config.gradient_checkpointing and config.executor == "autograd":  # streamed always recomputes the blocks
             self.pipeline.transformer.enable_gradient_checkpointing()
@@ -232,14 +282,20 @@ class Trainer:
             self.state = StreamedState(self.pipeline.transformer, config)
         else:
             self.state = TrainState(self.pipeline.transformer, config)
-        self._skipped_in_a_row = 0
+        transformer = self.pipeline.transformer
+        self.ledger = transformer.ledger if isinstance(transformer, StreamedModel) else None
 
     def _open(self, start: Path | None) -> Tracking:
         """Take the output folder: from here on it holds a run."""
         self.output_dir.mkdir(parents=True, exist_ok=True)
         checkpoints.clean(self.output_dir)
         save_config(self.config, self.output_dir)
-        self.tracking = Tracking(self.config, read_state(start)["step"] if start else 0)
+        self._told = read_state(start)["step"] if start else 0  # the last step in metrics.jsonl
+        self.tracking = Tracking(self.config, self._told)
+        if self.planned:
+            self.planned.save(self.output_dir)
+            for note in self.planned.notes:
+                self.tracking.note(note)
         return self.tracking
 
     def _begin(self, start: Path | None) -> None:

@@ -50,7 +50,7 @@ def digest(run: Trainer) -> str:
     found.update((run.output_dir / "transformer" / "diffusion_pytorch_model.safetensors").read_bytes())
     for line in (run.output_dir / "metrics.jsonl").read_text().splitlines():
         row = json.loads(line)
-        found.update(json.dumps({key: row[key] for key in row if key != "seconds"}).encode())
+        found.update(json.dumps({key: row[key] for key in row if key not in ("seconds", "memory")}).encode())
     return found.hexdigest()
 
 

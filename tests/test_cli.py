@@ -101,8 +101,8 @@ def test_out_of_memory_names_the_settings_to_change(run, trainer, capsys):
     assert main(["align", run]) == FAILED
     line = error_line(capsys)
     assert "tried to allocate 24 GiB" in line
-    assert "--microbatch" in line
-    assert "--gradient_checkpointing" in line
+    assert "--vram" in line
+    assert "--train_batch_size" in line
 
 
 @pytest.mark.parametrize(

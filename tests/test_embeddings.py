@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from safetensors import safe_open
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
 
 from leapalign import embeddings
-from leapalign.embeddings import cache_folder, embed_prompts
+from leapalign.embeddings import ENCODING_BYTES, cache_folder, embed_prompts, place
 from leapalign.errors import UsageError
 
 WORDS = ["a", "red", "blue", "circle", "square", "and"]
@@ -257,3 +258,12 @@ def test_the_cache_folder_follows_the_environment(monkeypatch, tmp_path):
     monkeypatch.setenv("LEAPALIGN_CACHE", str(tmp_path / "own"))
     assert cache_folder() == tmp_path / "own"
     assert cache_folder(tmp_path / "set") == tmp_path / "set"
+
+
+def test_encoders_that_do_not_fit_run_on_the_cpu(caplog):
+    gpu, cpu, weights = torch.device("cuda"), torch.device("cpu"), 9 * 2**30
+    assert place(gpu, math.inf, weights) == place(gpu, weights + ENCODING_BYTES, weights) == gpu
+    assert not caplog.records
+    assert place(gpu, 8 * 2**30, weights) == cpu
+    assert "11.00GiB" in caplog.text and "8.00GiB" in caplog.text
+    assert place(cpu, 1, weights) == cpu

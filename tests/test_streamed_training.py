@@ -8,7 +8,7 @@ import os
 import signal
 import subprocess
 import sys
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,12 @@ import torch
 from diffusers import FluxTransformer2DModel
 from torch import Tensor
 
-from leapalign.engine import plan
+from leapalign import memory
 from leapalign.engine.checkpoint import list_checkpoints
 from leapalign.engine.gradients import Gradients
 from leapalign.engine.streamed import StreamedModel
 from leapalign.errors import UsageError
+from leapalign.planning import plan_run
 from leapalign.streamed_state import StreamedState
 from leapalign.trainer import Trainer
 from tests.test_trainer import AtCall
@@ -47,6 +48,11 @@ def trained(folder: Path, out: Path, reward: Any = None, **changes: Any) -> Trai
 
 def rows(run: Trainer) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run.output_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def settled(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of metrics.jsonl without what the machine adds to it."""
+    return {key: value for key, value in row.items() if key not in ("seconds", "memory")}
 
 
 def everything(run: Trainer) -> dict[str, Tensor]:
@@ -89,7 +95,7 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(folder: Path, tmp_path: 
     resumed = trained(folder, tmp_path / "run", resume_from_checkpoint="latest", **changes)
     assert_same_bits(everything(resumed), everything(whole))
     for ours, theirs in zip(rows(resumed), rows(whole), strict=True):
-        assert {k: v for k, v in ours.items() if k != "seconds"} == {k: v for k, v in theirs.items() if k != "seconds"}
+        assert settled(ours) == settled(theirs)
 
 
 def test_a_checkpoint_of_another_format_is_refused_and_left_alone(folder: Path, tmp_path: Path) -> None:
@@ -131,7 +137,7 @@ def test_same_bits_on_host_and_device_and_with_any_slots(
     found = []
     for place, slots in (("host", 2), ("device", 2), ("device", 3), ("host", 3)):
         with monkeypatch.context() as patch:
-            patch.setattr(plan, "MemoryPlan", partial(plan.MemoryPlan, slots=slots))
+            patch.setattr(memory, "plan_run", lambda *given, slots=slots: replace(plan_run(*given), slots=slots))
             changes = {"clip": clip, "streamed_mode": mode, "optimizer_device": place, "max_train_steps": 2}
             changes |= {"checkpointing_steps": 9, "train_batch_size": 2}
             run = trained(folder, tmp_path / f"{place}-{slots}", master="residual", **changes)
@@ -267,38 +273,48 @@ def test_a_cotangent_that_is_not_finite_is_found_before_the_first_update(
     assert_same_bits(everything(run), before)
 
 
-def test_a_half_updated_state_ends_the_run_with_the_way_out(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+class AtStep(ColourReward):
+    """Not finite in one training step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+        self.run: Trainer | None = None
+
+    def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
+        rewards = super().__call__(images, prompts)
+        assert self.run is not None
+        return rewards * (math.nan if torch.is_grad_enabled() and self.run.state.step == self.step else 1)
+
+
+@pytest.mark.parametrize(
+    ("checkpointing", "step", "master"), [(2, 3, "stochastic"), (9, 3, "residual"), (9, 1, "float32"), (2, 5, "float32")]
+)
+def test_a_step_that_is_found_broken_after_the_first_update_is_left_out_whole(
+    checkpointing: int, step: int, master: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """As if its reward had not been finite: the run goes back to its last checkpoint, or to its start."""
+    changes = {"clip": "block", "checkpointing_steps": checkpointing, "master": master, "validation_prompts": PROMPTS[:1]}
+    reward = AtStep(step)
+    expected = reward.run = trainer(folder, tmp_path / "expected", reward, **changes)
+    expected.run()
     deliver = Gradients.deliver
+    run = trainer(folder, tmp_path / "run", **changes)
 
     def broken(self: Gradients, unit: str, names: Any, sink: Any) -> None:
-        if unit == "transformer_blocks.0" and run.state.step == 3:
+        if unit == "transformer_blocks.0" and run.state.step == step:
             assert self._buffer is not None
             self._buffer.tensor.view(torch.float32).fill_(math.nan)
         deliver(self, unit, names, sink)
 
     monkeypatch.setattr(Gradients, "deliver", broken)
-    run = trainer(folder, tmp_path / "run", clip="block")
-    with pytest.raises(UsageError, match="step 3: the gradient of transformer_blocks.0 is not finite, and 2") as ended:
-        run.run()
-    command = f"leapalign align {tmp_path / 'run' / 'config.yaml'} --resume_from_checkpoint latest --clip global"
-    assert str(ended.value).endswith(command)
-    assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["checkpoint-000002"]
-    # The command's run leaves such a step out.
-    run = trainer(folder, tmp_path / "run", clip="global", resume_from_checkpoint="latest", max_train_steps=4)
-    carry = Gradients.carry
-
-    def carried(self: Gradients, unit: str, kind: str) -> None:
-        if unit == "transformer_blocks.0" and run.state.step == 3:
-            assert self._buffer is not None
-            self._buffer.tensor.view(torch.float32).fill_(math.nan)
-        carry(self, unit, kind)
-
-    monkeypatch.setattr(Gradients, "carry", carried)
     run.run()
-    assert [(row["step"], row["skipped"]) for row in rows(run)] == [(1, False), (2, False), (3, True), (4, False)]
-    assert rows(run)[2]["reason"] == "gradient norm is not finite"
+    assert_same_bits(everything(run), everything(expected))
+    assert [(row["step"], row["skipped"]) for row in rows(run)] == [(n, n == step) for n in range(1, 6)]
+    assert "the gradient of transformer_blocks.0 is not finite" in rows(run)[step - 1]["reason"]
+    assert run.state.skipped == 1
+    others = [[settled(row) for row in rows(each) if row["step"] != step] for each in (run, expected)]
+    assert others[0] == others[1]
+
 
 
 # ---- files ---------------------------------------------------------------------------------------------------------

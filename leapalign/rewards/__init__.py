@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
@@ -16,7 +17,10 @@ if TYPE_CHECKING:
 
 
 class RewardModel(Protocol):
-    """Scores pictures; higher is better. Samples do not see each other, so a batch may be split anywhere."""
+    """Scores pictures; higher is better. Samples do not see each other, so a batch may be split anywhere.
+
+    In a streamed run modules that are its attributes, if they are on the CPU, are brought to the device for its phase.
+    """
 
     def __call__(self, images: Tensor, prompts: list[str], /) -> Tensor:
         """(B, 3, H, W) pictures in [0, 1] and their B prompts -> (B,) rewards, differentiable in the pictures."""
@@ -34,20 +38,24 @@ class LatentReward:
     def __call__(self, latents: Tensor) -> Tensor:
         return self.model(self.pipeline.decode(latents), list(self.prompts))
 
+    def visit(self) -> AbstractContextManager[None]:
+        """Inside the block VAE and reward model are on the device."""
+        return self.pipeline.visit(self.model)
+
     def select(self, rows: slice) -> LatentReward:
         """The reward of some rows of the batch, with their own prompts: VAE and reward then run by microbatch."""
         return replace(self, prompts=self.prompts[rows])
 
 
 def load_reward(config: AlignConfig) -> RewardModel:
-    """The frozen reward model that `config.reward` names, in float32 on the run's device.
+    """The frozen reward model that `config.reward` names, in float32 on the run's device; of a streamed run on the CPU.
 
     Raises:
         UsageError: its files are not there.
     """
     from leapalign.pipeline import resolve_device
 
-    device = resolve_device(config.device)
+    device = resolve_device(config.device if config.executor == "autograd" else "cpu")
     if config.reward == "shapes":
         from leapalign.zoo.shapes.reward import load_shapes_reward
 

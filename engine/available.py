@@ -1,0 +1,96 @@
+"""How much memory this process can have: what is free on the machine, and what the process has of it already."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+CONTEXT_BYTES = 256 * 2**20  # the least that a CUDA context takes when it is made
+_PROC, _CGROUP = Path("/proc"), Path("/sys/fs/cgroup")
+_UNLIMITED = 2**60  # bytes: version 1 spells no limit as the largest multiple of a page
+
+
+def host_available(*, proc: Path = _PROC, cgroup: Path = _CGROUP) -> int | None:
+    """Bytes of host memory that this process could have in all; None where the system does not tell.
+
+    What the kernel calls available, but not more than the limits of the process's control groups leave (page cache that
+    they could give back is not in the way), and what the process itself has: a plan counts all of it.
+
+    Args:
+        proc, cgroup: where these file systems are.
+    """
+    free = _kilobytes(proc / "meminfo", "MemAvailable")
+    if free is None:
+        return None
+    for limit, used in _limits(proc, cgroup):
+        free = min(free, max(limit - used, 0))
+    return free + _own(proc)
+
+
+def device_available(device: torch.device) -> int | None:
+    """Bytes of device memory that this process could have in all, its CUDA context included; None for the CPU.
+
+    The context is there when free memory is asked for, and a plan counts it (Machine.device_base_bytes). So what it took
+    at least is added; what kernels and workspaces take later is not, as it still has to come from what is free.
+    """
+    if device.type != "cuda":
+        return None
+    free, total = torch.cuda.mem_get_info(device)
+    own = int(torch.cuda.memory_reserved(device))
+    return int(free) + own + min(CONTEXT_BYTES, int(total) - int(free) - own)
+
+
+def _own(proc: Path) -> int:
+    """Resident bytes of this process, without mapped files, which are available anyway."""
+    parts = [_kilobytes(proc / "self" / "status", name) for name in ("RssAnon", "RssShmem")]
+    found = [part for part in parts if part is not None]
+    return sum(found) if found else _kilobytes(proc / "self" / "status", "VmRSS") or 0
+
+
+def _limits(proc: Path, cgroup: Path) -> Iterator[tuple[int, int]]:
+    """(limit, bytes used that cannot be given back) of each group with a limit that this process is in."""
+    for version, path in _groups(proc / "self" / "cgroup"):
+        root = cgroup if version == 2 else cgroup / "memory"
+        names = ("memory.max", "memory.current", "inactive_file")
+        if version == 1:
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        group = root / path.lstrip("/")
+        for folder in (group, *group.parents):  # a limit holds for all groups below it
+            limit, used = _number(folder / names[0]), _number(folder / names[1])
+            if limit is not None and used is not None and limit < _UNLIMITED:
+                yield limit, max(used - _entry(folder / "memory.stat", names[2]), 0)
+            if folder == root:
+                break
+
+
+def _groups(path: Path) -> list[tuple[int, str]]:
+    """(version, path) of the process's groups for memory: lines such as "0::/user.slice" and "4:memory:/docker/1"."""
+    lines = [line.split(":", 2) for line in _lines(path)]
+    versions = [(2 if line[0] == "0" else 1, line) for line in lines if len(line) == 3]
+    return [(version, line[2]) for version, line in versions if version == 2 or "memory" in line[1].split(",")]
+
+
+def _kilobytes(path: Path, name: str) -> int | None:
+    """Bytes of a line such as "VmRSS:   123 kB"."""
+    value = next((line.split()[1] for line in _lines(path) if line.startswith(f"{name}:")), None)
+    return None if value is None else int(value) * 1024
+
+
+def _entry(path: Path, name: str) -> int:
+    """Of a line such as "inactive_file 4096"; 0 without one."""
+    return next((int(line.split()[1]) for line in _lines(path) if line.split()[0] == name), 0)
+
+
+def _number(path: Path) -> int | None:
+    """What a file with a single number says; None for "max", and without the file."""
+    text = "".join(_lines(path)).strip()
+    return int(text) if text.isdecimal() else None
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return [line for line in path.read_text(encoding="ascii").splitlines() if line.strip()]
+    except OSError:
+        return []

@@ -1,0 +1,125 @@
+"""The memory of a run: the plan it obeys from its first step to its last, and what to change when memory runs out."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from leapalign.engine.checkpoint import write_atomically
+from leapalign.engine.plan import MemoryPlan
+from leapalign.engine.planner import fits
+from leapalign.engine.sizes import spell_bytes
+from leapalign.engine.workload import DEVICE_BASE, Budget
+from leapalign.errors import UsageError
+from leapalign.keys import AlignConfig
+from leapalign.planning import plan_run, run_budget, workload_of
+
+PLAN_FILE = "plan.json"
+ROUNDING = ("mode", "microbatch", "reward_microbatch")  # decisions that change the order of sums, and so the last bits
+LESS = 0.9  # of what was planned: the budget to go on with after memory ran out
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What a run takes of the machine.
+
+    Attributes:
+        workload: text of what was planned for; a plan holds for its own workload only.
+        notes: lines to be told at the start.
+    """
+
+    plan: MemoryPlan
+    budget: Budget
+    workload: str
+    notes: list[str] = field(default_factory=list)
+
+    def save(self, output_dir: Path) -> None:
+        """Write plan.json: decisions and predictions, phase by phase."""
+        found = {"workload": self.workload, "vram": self.budget.vram, "ram": self.budget.ram, **self.plan.as_dict()}
+        write_atomically(output_dir / PLAN_FILE, json.dumps(found, indent=1) + "\n")
+
+
+def plan_of_run(config: AlignConfig, device: torch.device, start: Path | None) -> RunPlan:
+    """The plan of the run that goes on here, if it still fits, else a new one.
+
+    A run keeps its plan when it is resumed, though another amount of memory may be free then: microbatch and mode decide
+    the order of sums, and so the last bits.
+
+    Args:
+        start: the checkpoint to go on from.
+
+    Raises:
+        UsageError: the step does not fit into the memory that the config gives or the machine has.
+    """
+    budget, notes = run_budget(config, device)
+    if device.type == "cuda" and config.vram is not None:
+        _cap(device, budget)
+    workload = repr(workload_of(config))
+    before = _read((start.parent if start else Path(config.output_dir)) / PLAN_FILE)
+    if before and before.workload == workload and fits(before.plan, budget):
+        plan = before.plan
+    else:
+        plan = plan_run(config, device)
+        if before and start and (changes := _changes(before.plan, plan)):
+            notes.append(f"another plan than before ({changes}): the run goes on with the same values up to rounding")
+    return RunPlan(plan, budget, workload, [*notes, _in_words(plan, budget)])
+
+
+def memory_error(error: BaseException, config: AlignConfig, planned: RunPlan | None, resume: str) -> UsageError | None:
+    """What to change when memory has run out; None for any other error."""
+    reason = str(error).strip().partition("\n")[0]
+    if isinstance(error, torch.OutOfMemoryError):
+        if planned is None:
+            return UsageError(
+                f"out of device memory with executor = {config.executor}, microbatch = {config.microbatch}: {reason}; use "
+                "--executor streamed, or lower --microbatch, or set --gradient_checkpointing"
+            )
+        peak = planned.plan.peak_device_bytes
+        less = spell_bytes(int(LESS * peak))
+        return UsageError(
+            f"out of device memory, of which {spell_bytes(peak)} were planned: {reason}; go on with a smaller plan: "
+            f"{resume} --vram {less}"
+        )
+    if isinstance(error, MemoryError) or "DefaultCPUAllocator" in reason:
+        peak = f", of which {spell_bytes(planned.plan.peak_host_bytes)} were planned" if planned else ""
+        saving = "--optimizer adamw8bit --weight_dtype bf16 takes 4 bytes a parameter"
+        if config.optimizer == "adamw8bit":
+            saving = "--use_ema false and --clip block take 2 bytes a parameter less each"
+        return UsageError(f"out of host memory{peak}: {reason}; {saving}, or lower --train_batch_size")
+    return None
+
+
+def _cap(device: torch.device, budget: Budget) -> None:
+    """Let torch's allocator give up memory it no longer uses, or fail, rather than take more than the budget."""
+    total = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, max(budget.device_bytes - DEVICE_BASE, 0) / total), device)
+
+
+def _read(path: Path) -> RunPlan | None:
+    """The plan that a run wrote; None if there is none that this version can read."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        workload, budget = found.pop("workload"), Budget(found.pop("vram"), found.pop("ram"))
+        return RunPlan(MemoryPlan.from_dict(found), budget, workload)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _changes(before: MemoryPlan, now: MemoryPlan) -> str:
+    pairs = [(name, getattr(before, name), getattr(now, name)) for name in ROUNDING]
+    return ", ".join(f"{name} {was} -> {new}" for name, was, new in pairs if was != new)
+
+
+def _in_words(plan: MemoryPlan, budget: Budget) -> str:
+    def part(peak: int, limit: object) -> str:
+        return spell_bytes(peak) + (f" of {spell_bytes(int(str(limit)))}" if limit else "")
+
+    blocks = {"all": "all", "none": "no"}.get(str(plan.resident), str(plan.resident))
+    return (
+        f"plan: {plan.mode}, microbatch {plan.microbatch}, {blocks} blocks resident, block inputs on the "
+        f"{plan.block_inputs}, optimizer on the {plan.optimizer_on}; device {part(plan.peak_device_bytes, budget.vram)}, "
+        f"host {part(plan.peak_host_bytes, budget.ram)} ({PLAN_FILE})"
+    )
