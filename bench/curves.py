@@ -17,7 +17,6 @@ import json
 import math
 import sys
 import tempfile
-import time
 from contextlib import nullcontext
 from pathlib import Path
 from statistics import mean, stdev
@@ -33,7 +32,7 @@ SUMMARY = "reward curves of whole training runs, 8-bit AdamW with bfloat16 weigh
 
 WAYS = {
     "float32": ["--optimizer", "adamw"],
-    "8-bit, bf16": ["--optimizer", "adamw8bit", "--weight_dtype", "bf16"],
+    "8-bit, bf16": ["--optimizer", "adamw8bit", "--weight_dtype", "bf16", "--optimizer_device", "host"],
 }
 BASELINE = "float32"
 COMMON = ["--executor", "streamed", "--streamed_mode", "held"]  # one mode, whatever the machine: they round differently
@@ -97,9 +96,7 @@ def _all_runs(folder: Path, options: argparse.Namespace, overrides: list[str]) -
     return runs
 
 
-def _one_run(
-    name: str, seed: int, folder: Path, options: argparse.Namespace, overrides: list[str]
-) -> dict[str, Any]:
+def _one_run(name: str, seed: int, folder: Path, options: argparse.Namespace, overrides: list[str]) -> dict[str, Any]:
     """Train, or go on where the folder holds a part; the reward by step, and the scores before and after.
 
     Raises:
@@ -115,7 +112,6 @@ def _one_run(
         fixed += ["--resume_from_checkpoint", "latest"]
     config = load_config("shapes", [*COMMON, *WAYS[name], *overrides, *fixed])
     config = config.model_copy(update={"validation_steps": config.max_train_steps})  # only at the start and the end
-    began = time.perf_counter()
     outcome = Trainer(config).run()
     if outcome.interrupted:
         raise UsageError(f"stopped in seed {seed}, {name}" + ("; the same command goes on" if options.folder else ""))
@@ -125,7 +121,7 @@ def _one_run(
     before, after = outcome.summary.before, outcome.summary.after
     return {
         "seed": seed,
-        "seconds": round(time.perf_counter() - began, 1),
+        "seconds": round(sum(row["seconds"]["total"] for row in rows), 1),  # of training, judging left out
         "rewards": [row["reward"] for row in rows],
         "before": before.as_dict() if before else None,
         "after": after.as_dict() if after else None,
@@ -151,8 +147,8 @@ def summarise(curves: dict[str, list[list[float]]], window: int) -> dict[str, An
         ratios: by smoothed step, |mean over seeds - float32's mean| / standard deviation over seeds of float32.
         largest_ratio, share_within: their maximum, and the share of steps where they are at most 1.
         largest_ratio_pooled: the largest distance over the root mean square of these deviations over the steps. A
-            deviation of 3 seeds is itself uncertain by half, so the largest ratio is mostly where it happens to be small.
-        paired_difference: mean of (way - float32) over the steps, seed by seed, its mean and standard error over seeds.
+            deviation of 3 seeds is itself uncertain by half, and the largest ratio mostly where it happens to be small.
+        paired_difference: mean of (way - float32) over the steps, seed by seed; its mean and standard error over seeds.
 
         What needs a spread is None with one seed.
     """

@@ -33,7 +33,7 @@ def fill(text: str) -> str:
 
 
 def _table(name: str) -> str:
-    makers = {"quality": _quality, "memory": _memory}
+    makers = {"quality": _quality, "memory": _memory, "curves": _curves}
     return makers[name]() or "Not measured.\n"
 
 
@@ -91,3 +91,39 @@ def _quality() -> str:
         f"{machine['cpu']}. Command: `{result['command']}`."
     )
     return "\n".join(lines) + "\n"
+
+
+def _curves() -> str:
+    """Whole training runs with the 8-bit optimizer beside float32."""
+    found = _results("curves-shapes.json")
+    if not found or len(found[0]["runs"]["float32"]) < 2 or not all(found[0]["validation"].values()):
+        return ""  # one seed has no spread
+    (result,) = found
+    summary, scores, runs = result["summary"], result["validation"], result["runs"]
+    window, seeds = summary["window"], len(runs["float32"])
+    lines = [f"| | reward, first {window} steps | last {window} steps | held-out reward | rule-based accuracy |"]
+    lines.append("|" + "---|" * 5)
+    for name, found_scores in scores.items():
+        cells = [f"{summary[name][when]:.3f}" for when in ("start", "end")]
+        for score, scale, digits, unit in (("reward", 1, 3, ""), ("accuracy", 100, 1, " points")):
+            cells.append(_with_error(found_scores[score]["change"], scale, digits) + unit)
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    told = []
+    for name in runs:
+        if name != "float32":
+            row = summary[name]
+            told.append(
+                f"{name}: at most {row['largest_ratio']:.2f} standard deviations over seeds from float32, at most one "
+                f"in {100 * row['share_within']:.0f} % of the steps; paired difference in reward "
+                f"{_with_error(row['paired_difference'], 1, 4)}."
+            )
+    lines.append(
+        f"\n{seeds} seeds, {len(runs['float32'][0]['rewards'])} steps each, same noise, pairs and prompts; change of "
+        f"held-out scores ± standard error over seeds. {' '.join(told)} Command: `{result['command']}`."
+    )
+    return "\n".join(lines) + "\n"
+
+
+def _with_error(value: dict[str, float], scale: float, digits: int) -> str:
+    """Signed mean ± standard error."""
+    return f"{scale * value['mean']:+.{digits}f} ± {scale * value['standard_error']:.{digits}f}"

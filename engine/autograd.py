@@ -59,7 +59,8 @@ class EvaluationNode(torch.autograd.Function):
         anchor = ctx.next_functions[0][0]
         # autograd.grad(loss, input) and backward(inputs=...) must leave `parameter.grad` alone.
         if anchor is not None and torch._C._will_engine_execute_node(anchor):
-            found = _add_to_grad(model, leg)
+            fused = model.optimizer is not None and model.optimizer.fused_backward
+            found = _update(model, leg) if fused else _add_to_grad(model, leg)
         else:
             (found,) = model.vjp([leg])
         if not torch._C._autograd._get_current_graph_task_keep_graph():
@@ -67,6 +68,14 @@ class EvaluationNode(torch.autograd.Function):
             if ctx.modulations is not None:
                 ctx.modulations.source.drop()
         return None, None, None, None, *(found[name].to(inputs[name].device) for name in ctx.names)
+
+
+def _update(model: StreamedModel, leg: Leg) -> dict[str, Tensor]:
+    """Update every unit by the weight gradients of one leg as they are finished; returns its input gradients."""
+    assert model.optimizer is not None
+    with model.optimizer.fused() as sink:
+        (found,) = model.vjp([leg], params="deliver", sink=sink)
+    return found
 
 
 def _add_to_grad(model: StreamedModel, leg: Leg) -> dict[str, Tensor]:

@@ -32,8 +32,8 @@ def host_available(*, proc: Path = _PROC, cgroup: Path = _CGROUP) -> int | None:
 def device_available(device: torch.device) -> int | None:
     """Bytes of device memory that this process could have in all, its CUDA context included; None for the CPU.
 
-    The context is there when free memory is asked for, and a plan counts it (Machine.device_base_bytes). So what it took
-    at least is added; what kernels and workspaces take later is not, as it still has to come from what is free.
+    The context is there when free memory is asked for, and a plan counts it (Machine.device_base_bytes). So what it
+    took at least is added; what kernels and workspaces take later is not: it has to come from what is free.
     """
     if device.type != "cuda":
         return None

@@ -1,7 +1,7 @@
 """What a step takes under a plan: the peak of each phase, bytes copied, FLOPs and seconds.
 
-Bytes are in footprint.py, traffic and seconds in traffic.py; here they become phases. The same numbers without what they
-consist of (`Prospect`) are what a planner compares by the thousand.
+Bytes are in footprint.py, traffic and seconds in traffic.py; here they become phases. The same numbers without what
+they consist of (`Prospect`) are what a planner compares by the thousand.
 """
 
 from __future__ import annotations

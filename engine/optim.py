@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -35,8 +35,9 @@ class AdamW8bit(torch.optim.Optimizer):
 
     With parameters or groups, as any torch optimizer, it takes those; learning rate schedulers change `param_groups`.
 
-    `step` reads `parameter.grad`. A trainer that has no use for whole gradients passes `in_backward()` as the sink of
-    `StreamedModel.vjp`: every unit is updated as soon as its gradient is finished.
+    `step` reads `parameter.grad`, which is held on the host for all weights, 2 bytes a bfloat16 parameter. With
+    `fused_backward` every unit is updated inside `loss.backward()`, as soon as its gradient is finished, and `step`
+    only closes the step. A trainer that knows its cotangents gives `StreamedModel.vjp` the sink `in_backward()`.
 
     Attributes:
         steps: updates done.
@@ -58,6 +59,7 @@ class AdamW8bit(torch.optim.Optimizer):
         master: Master = "stochastic",
         ema_decay: float | None = None,
         seed: int = 0,
+        fused_backward: bool = False,
     ) -> None:
         """
         Args:
@@ -70,18 +72,24 @@ class AdamW8bit(torch.optim.Optimizer):
                 a "float32" copy. No effect on float32 weights.
             ema_decay: keep an average of the weights, in their dtype with stochastic rounding; None for none.
             seed: of the rounding. Same seed and gradients, same bits.
+            fused_backward: update inside `loss.backward()`, one a step, with clip="block" or "none". No `grad` is left.
 
         Raises:
             ValueError: a setting out of range; the message names it.
         """
         _check(lr, betas, eps, weight_decay, clip, max_grad_norm, master, ema_decay, placement)
+        if fused_backward and clip == "global":
+            raise ValueError("AdamW8bit: fused_backward=True with clip='global', which needs every gradient before the "
+                             "first update: use clip='block' or 'none'")  # fmt: skip
         self._defaults = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
         self._given = None if params is None else list(params)
         self._placement, self.clip, self.max_grad_norm = placement, clip, max_grad_norm
         self.master, self.ema_decay, self.seed = master, ema_decay, seed
+        self.fused_backward = fused_backward
         self.steps = 0
         self.skipped = 0
         self.gradient_norm = math.nan
+        self._fused: tuple[AbstractContextManager[InBackward], InBackward] | None = None
         self._model: StreamedModel | None = None
 
     @property
@@ -131,10 +139,42 @@ class AdamW8bit(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        assert self._model is not None, "AdamW8bit belongs to no StreamedModel yet"
-        adopt_grads(self._model)
-        self.step_from(GRAD)
+        model = self._bound()
+        if self.fused_backward:
+            self._close_fused()
+        else:
+            adopt_grads(model)
+            self.step_from(GRAD)
         return loss
+
+    @contextmanager
+    def fused(self) -> Iterator[InBackward]:
+        """The sink of this step's `loss.backward()`, for whoever runs it; `step` then ends the step.
+
+        Raises:
+            RuntimeError: the step has had its backward pass.
+        """
+        if self._fused is not None:
+            raise RuntimeError(
+                "fused_backward=True takes one backward pass a step, and this is the second: the weights are new "
+                "already; call step() first, or accumulate without it"
+            )
+        block = self.in_backward()
+        sink = block.__enter__()
+        try:
+            yield sink
+        except BaseException as error:
+            block.__exit__(type(error), error, error.__traceback__)
+            raise
+        self._fused = block, sink
+
+    def _close_fused(self) -> None:
+        if self._fused is not None:
+            (block, _), self._fused = self._fused, None
+            try:
+                block.__exit__(None, None, None)
+            except FloatingPointError:  # nothing has changed, and `skipped` says so
+                self.gradient_norm = math.inf
 
     def step_from(self, kind: str) -> bool:
         """One update from the sums of this kind that the model holds, which are spent by it.

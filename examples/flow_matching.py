@@ -41,9 +41,10 @@ def main() -> None:
     embeds = embed_prompts(resolve_model("shapes"), texts, max_sequence_length=9).batch(texts)
     conditioning = pipeline.conditioning(embeds, RESOLUTION, guidance_scale=1.0)
 
-    workload = Workload(BATCH, RESOLUTION, num_inference_steps=0, legs=1, dtype=torch.float32, clip="global")
+    workload = Workload(BATCH, RESOLUTION, num_inference_steps=0, legs=1, dtype=torch.float32, clip="block", ema=True)
     plan = plan_memory(pipeline.transformer, Budget(options.vram, options.ram), workload)
-    model = StreamedModel(pipeline.transformer, plan, AdamW8bit(lr=1e-4, ema_decay=0.9), device=device)
+    optimizer = AdamW8bit(lr=1e-4, clip="block", ema_decay=0.9, fused_backward=True)  # no gradient outlives its block
+    model = StreamedModel(pipeline.transformer, plan, optimizer, device=device)
 
     sigma = (torch.arange(BATCH) + 0.5) / BATCH
     for step in range(options.steps):
@@ -53,7 +54,6 @@ def main() -> None:
         loss = (velocity - (noise - data)).square().mean()
         loss.backward()
         model.optimizer.step()
-        model.optimizer.zero_grad()
         print(f"step {step + 1}: loss {loss.item():.4f}, gradient norm {model.optimizer.gradient_norm:.3f}", flush=True)
     model.close()
 

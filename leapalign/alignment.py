@@ -98,8 +98,8 @@ def alignment_gradients(
         noise: (B, ...) latents at sigmas[0]. Latents are kept in this dtype, and in float32 at least.
         sigmas: (T + 1,) noise levels falling from 1 to 0, T >= 2 Euler steps.
         reward: differentiable, (B, ...) latents x_0 -> (B,). It is called once with the whole batch; one with a method
-            `select(rows: slice)` is called microbatch by microbatch. With a streamed executor it finds the latents where
-            the noise is, and one with a method `visit()` is inside that context manager during its phase.
+            `select(rows: slice)` is called microbatch by microbatch. A streamed executor gives it latents where the
+            noise is, and enters the context manager of its method `visit()`, if it has one, for its phase.
         method: LeapAlign(alpha, tau, threshold).
         pairs: (B, 2) integer step indices into the rollout, k_index < j_index < T. None: drawn uniformly.
         generator: draws the pairs where `pairs` is None; None for a fresh one seeded 0.

@@ -171,6 +171,8 @@ def _read_clip(name: str) -> Clip:
     from transformers import CLIPConfig, CLIPModel
 
     try:
+        if Path(name).is_dir() and not (Path(name) / "config.json").is_file():  # defaults would stand for it
+            raise FileNotFoundError(f"{name} has none")
         shapes = CLIPConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]

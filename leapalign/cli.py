@@ -176,8 +176,8 @@ _COMMANDS = {
     "align": _Command(_align, "align all parameters of a pipeline's transformer with a reward"),
     "plan": _Command(
         _plan,
-        "say what a run would hold, move and take, phase by phase, within --vram and --ram (default: no limit), from the "
-        "shapes of its models alone",
+        "say what a run would hold, move and take, phase by phase, within --vram and --ram (default: no limit), "
+        "from the shapes of its models alone",
         {
             "machine": {"metavar": "FILE", "help": "JSON with flops_per_s, h2d_bytes_per_s and so on"},
             "json": {"action": "store_true", "help": "print JSON instead of a table"},

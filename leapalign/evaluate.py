@@ -63,7 +63,8 @@ def generate(
         conditioning = pipeline.conditioning(store.batch(prompts[rows]), resolution, guidance_scale)
         latents = _sample(pipeline.transformer, conditioning, noise[rows].to(pipeline.home), sigmas)
         with picture_phase(pipeline):
-            pictures += [pipeline.decode(latents[few]).float().cpu() for few in pictures_at_once(pipeline, len(latents))]
+            for few in pictures_at_once(pipeline, len(latents)):
+                pictures.append(pipeline.decode(latents[few]).float().cpu())
     return torch.cat(pictures)
 
 

@@ -48,7 +48,7 @@ class ModelKeys(_Section):
     gradient_checkpointing: bool = False
     """Recompute the transformer's blocks in backward: less memory, a third more arithmetic."""
     executor: Literal["autograd", "streamed"] = "streamed"
-    """streamed keeps weights and AdamW states in host memory, as a plan for vram and ram says; autograd on the device."""
+    """streamed keeps weights and AdamW states in host memory, planned for vram and ram; autograd on the device."""
     vram: str | None = None
     """Device memory that a streamed run may take, e.g. 24GiB; null: all that is free (for `leapalign plan`: any)."""
     ram: str | None = None
@@ -263,7 +263,9 @@ class AlignConfig(ValidationKeys, OutputKeys, OptimizerKeys, MethodKeys, DataKey
                 "optimizer adamw8bit and weight_dtype bf16 for bfloat16"
             )
         if self.device == "mps":
-            raise ValueError(f"device = {self.device} does not go with executor = streamed; use executor autograd, or cuda or cpu")
+            raise ValueError(
+                f"device = {self.device} does not go with executor = streamed; use executor autograd, or cuda or cpu"
+            )
 
     def _optimizer_fits(self) -> None:
         if self.optimizer == "adamw8bit":

@@ -45,8 +45,8 @@ class RunPlan:
 def plan_of_run(config: AlignConfig, device: torch.device, start: Path | None) -> RunPlan:
     """The plan of the run that goes on here, if it still fits, else a new one.
 
-    A run keeps its plan when it is resumed, though another amount of memory may be free then: microbatch and mode decide
-    the order of sums, and so the last bits.
+    A run keeps its plan when it is resumed, though another amount of memory may be free then: microbatch and mode
+    decide the order of sums, and so the last bits.
 
     Args:
         start: the checkpoint to go on from.
@@ -74,21 +74,20 @@ def memory_error(error: BaseException, config: AlignConfig, planned: RunPlan | N
     if isinstance(error, torch.OutOfMemoryError):
         if planned is None:
             return UsageError(
-                f"out of device memory with executor = {config.executor}, microbatch = {config.microbatch}: {reason}; use "
-                "--executor streamed, or lower --microbatch, or set --gradient_checkpointing"
+                f"out of device memory with executor = {config.executor}, microbatch = {config.microbatch}: {reason}; "
+                "use --executor streamed, or lower --microbatch, or set --gradient_checkpointing"
             )
         peak = planned.plan.peak_device_bytes
-        less = spell_bytes(int(LESS * peak))
         return UsageError(
             f"out of device memory, of which {spell_bytes(peak)} were planned: {reason}; go on with a smaller plan: "
-            f"{resume} --vram {less}"
+            f"{resume} --vram {spell_bytes(int(LESS * peak))}"
         )
     if isinstance(error, MemoryError) or "DefaultCPUAllocator" in reason:
-        peak = f", of which {spell_bytes(planned.plan.peak_host_bytes)} were planned" if planned else ""
+        share = f", of which {spell_bytes(planned.plan.peak_host_bytes)} were planned" if planned else ""
         saving = "--optimizer adamw8bit --weight_dtype bf16 takes 4 bytes a parameter"
         if config.optimizer == "adamw8bit":
             saving = "--use_ema false and --clip block take 2 bytes a parameter less each"
-        return UsageError(f"out of host memory{peak}: {reason}; {saving}, or lower --train_batch_size")
+        return UsageError(f"out of host memory{share}: {reason}; {saving}, or lower --train_batch_size")
     return None
 
 
@@ -120,6 +119,6 @@ def _in_words(plan: MemoryPlan, budget: Budget) -> str:
     blocks = {"all": "all", "none": "no"}.get(str(plan.resident), str(plan.resident))
     return (
         f"plan: {plan.mode}, microbatch {plan.microbatch}, {blocks} blocks resident, block inputs on the "
-        f"{plan.block_inputs}, optimizer on the {plan.optimizer_on}; device {part(plan.peak_device_bytes, budget.vram)}, "
-        f"host {part(plan.peak_host_bytes, budget.ram)} ({PLAN_FILE})"
+        f"{plan.block_inputs}, optimizer on the {plan.optimizer_on}; device "
+        f"{part(plan.peak_device_bytes, budget.vram)}, host {part(plan.peak_host_bytes, budget.ram)} ({PLAN_FILE})"
     )

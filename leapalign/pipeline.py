@@ -76,8 +76,8 @@ class FlowPipeline:
     Attributes:
         transformer: float32 weights that require grad; in eval mode (no dropout, so that a second evaluation is the
             rollout's own). A StreamedModel has them in host memory, perhaps in bfloat16, and computes on the device.
-        vae: frozen, in eval mode, in its own dtype. On the device, or if the transformer is streamed in host memory, from
-            where it comes to the device inside `visit`.
+        vae: frozen, in eval mode, in its own dtype. On the device; or if the transformer is streamed in host memory,
+            from where it comes to the device inside `visit`.
         scheduler: gives the sigmas; its stepping is not used.
         source: folder or hub id the pipeline came from.
     """
@@ -143,7 +143,7 @@ class FlowPipeline:
             embeds: encoder_hidden_states (B, L, D) and pooled_projections (B, P), on any device in any float dtype.
 
         Returns:
-            Both in the transformer's dtype at `home`, as all others; txt_ids (L, 3) zeros; img_ids (S, 3) rows and columns of the
+            All at `home`: both in the transformer's dtype; txt_ids (L, 3) zeros; img_ids (S, 3) rows and columns of the
             patches; guidance (B,) float32 if the transformer embeds guidance.
         """
         conditioning = {name: e.to(device=self.home, dtype=self.transformer.dtype) for name, e in embeds.items()}

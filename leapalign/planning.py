@@ -1,11 +1,11 @@
-"""From a config to the memory plan of its run: what is to be done, what there is to do it with, and the way to do it."""
+"""From a config to the memory plan of its run: what is to be done, the memory that there is, and the way to do it."""
 
 from __future__ import annotations
 
 import functools
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -82,8 +82,8 @@ def _budget(config: AlignConfig, device: torch.device) -> _Given:
                 )
     whole = limits["ram"]
     if device.type != "cuda" and whole is not None:
-        limits["vram"] = min(whole // 2, limits["vram"] or whole)
-        limits["ram"] = whole - limits["vram"]
+        part = min(whole // 2, limits["vram"] or whole)
+        limits = {"vram": part, "ram": whole - part}
     return _Given(Budget(limits["vram"], limits["ram"]), binding, notes)
 
 
@@ -168,7 +168,11 @@ def refusal(
     given, limit = getattr(config, key), spell_bytes(error.limit)
     if given is not None and error.limit == parse_bytes(given, key):
         short = f"{key} = {given} is too little"
-    elif free and (key in free or (shared and "ram" in free)):
+    elif shared and config.ram is not None and "ram" not in (free or {}):
+        short = f"ram = {config.ram}, halved on a CPU, is too little"
+    elif shared and free:
+        short = f"ram = {config.ram or 'null'}: {limit}, a CPU's share of the host memory that is free, is too little"
+    elif free and key in free:
         short = f"{key} = {given or 'null'}: {limit} of {_KINDS[key]} free{_where(key, device)} is too little"
     else:
         short = f"{key} = {limit} is too little"

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from leapalign.architectures import Clip, clip_of, vae_config
+from leapalign.architectures import clip_of, vae_config
 from leapalign.engine.counting import Counting, DeviceCounter, gpu_operators
 from leapalign.engine.recall import Recall
 from leapalign.engine.workload import RewardLoad
@@ -18,14 +18,15 @@ from leapalign.engine.workload import RewardLoad
 if TYPE_CHECKING:
     from leapalign.keys import AlignConfig
 
+_RECALL = Recall()  # both ways of running the reward, and sampling, have most operators in common
 BLOCKS = ("ResnetBlock2D", "Attention", "CLIPEncoderLayer")  # classes whose instances are launched one by one
 
 
 def reward_loads(config: AlignConfig, *, gradients: bool = True) -> tuple[RewardLoad, ...]:
     """The VAE's decoder and the reward model, in float32, for one picture.
 
-    With gradients twice: as they are, and with the VAE's blocks recomputed. The packaged shapes reward is a hundredth of
-    its VAE and not counted.
+    With gradients twice: as they are, and with the VAE's blocks recomputed. The packaged shapes reward is a hundredth
+    of its VAE and not counted.
 
     Raises:
         UsageError: their shapes are not known.
@@ -61,7 +62,7 @@ def count_reward(
         side = resolution // 2 ** (len(shapes["block_out_channels"]) - 1)
         latents = torch.empty(pictures, shapes["latent_channels"], side, side, requires_grad=gradients)
         held = [value for model in models for value in (*model.parameters(), *model.buffers())]
-        with Recall(), Counting(counter), torch.set_grad_enabled(gradients):
+        with _RECALL, Counting(counter), torch.set_grad_enabled(gradients):
             counter.hold([*held, latents], None)
             before = counter.current
             drawn = (decoder.decode(latents, return_dict=False)[0] * 0.5 + 0.5).clamp(0, 1)
@@ -85,9 +86,10 @@ def _vision(sizes: Mapping[str, Any]) -> Any:
     return CLIPVisionModelWithProjection(CLIPVisionConfig(**sizes)).eval().requires_grad_(False)
 
 
-def _launched(model: Any) -> Any:
+def _launched(model: Any) -> Iterator[nn.Module]:
     """Modules that run: of the VAE only the decoder's."""
-    return (model.decoder if hasattr(model, "decoder") else model).modules()
+    found: Iterator[nn.Module] = (model.decoder if hasattr(model, "decoder") else model).modules()
+    return found
 
 
 def _score(vision: Any, pictures: Tensor) -> Tensor:

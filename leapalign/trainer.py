@@ -92,6 +92,7 @@ class Trainer:
         self._streams = config.executor == "streamed"
         self.planned: RunPlan | None = None
         self._skipped_in_a_row = 0
+        self._told = 0  # the last step in metrics.jsonl
         self._left_out: dict[int, str] = {}  # {step: why}: a gradient was not finite after others had been applied
         self._exceeded = False
 
@@ -290,8 +291,8 @@ class Trainer:
         self.output_dir.mkdir(parents=True, exist_ok=True)
         checkpoints.clean(self.output_dir)
         save_config(self.config, self.output_dir)
-        self._told = read_state(start)["step"] if start else 0  # the last step in metrics.jsonl
-        self.tracking = Tracking(self.config, self._told)
+        self._told = read_state(start)["step"] if start else 0
+        self.tracking: Tracking = Tracking(self.config, self._told)
         if self.planned:
             self.planned.save(self.output_dir)
             for note in self.planned.notes:

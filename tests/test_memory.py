@@ -76,7 +76,8 @@ def test_latents_and_embeddings_wait_on_the_host(folder: Path, tmp_path: Path) -
 
 @pytest.mark.parametrize("key", ["streamed_mode", "optimizer_device", "microbatch"])
 def test_what_the_config_decides_the_plan_has(key: str, folder: Path, tmp_path: Path) -> None:
-    for value in {"streamed_mode": ("paired", "held"), "optimizer_device": ("host", "device"), "microbatch": (1, 2)}[key]:
+    values = {"streamed_mode": ("paired", "held"), "optimizer_device": ("host", "device"), "microbatch": (1, 2)}
+    for value in values[key]:
         config = tiny_config(folder, tmp_path / "run", optimizer="adamw8bit", **{key: value})
         plan = plan_of_run(config, CPU, None).plan
         name = {"streamed_mode": "mode", "optimizer_device": "optimizer_on"}.get(key, key)
@@ -149,7 +150,7 @@ def test_a_budget_that_is_too_small_ends_before_anything_is_written(
 @pytest.mark.parametrize(
     ("error", "parts"),
     [
-        (torch.OutOfMemoryError("CUDA out of memory. Tried"), ["out of device memory", "--resume_from_checkpoint latest", "--vram "]),
+        (torch.OutOfMemoryError("CUDA out of memory."), ["out of device memory", "checkpoint latest", "--vram "]),
         (MemoryError("the host has no room"), ["out of host memory", "the host has no room", "--use_ema false"]),
         (RuntimeError("[enforce] DefaultCPUAllocator: can't allocate"), ["out of host memory", "--train_batch_size"]),
     ],

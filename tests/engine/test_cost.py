@@ -12,10 +12,11 @@ from bench.simulate import Workload as Step
 from bench.simulate import simulate
 from leapalign.architectures import FLUX1_DEV
 from leapalign.engine.backbones import backbone_of
-from leapalign.engine.cost import Traffic, predict
+from leapalign.engine.cost import predict
 from leapalign.engine.plan import MemoryPlan
 from leapalign.engine.planner import Planner
 from leapalign.engine.stage_costs import StageCosts
+from leapalign.engine.traffic import Traffic
 from leapalign.engine.workload import Machine, RewardLoad, Workload
 
 GIB = 2**30

@@ -50,7 +50,7 @@ def train(model: Any, make_inputs: Any, how: str) -> dict[str, Tensor]:
     for step in range(STEPS):
         given = inputs_of(make_inputs, dtype, step)
         cotangent = torch.ones_like(given["hidden_states"]) / 64
-        if how == "grad":
+        if how in ("grad", "fused"):
             model(**given, return_dict=False)[0].backward(cotangent)
             model.optimizer.step()
             model.optimizer.zero_grad()
@@ -223,3 +223,71 @@ def test_what_does_not_fit_is_refused(make_transformer: Any) -> None:
     with pytest.raises(ValueError, match="step_from"), model.optimizer.in_backward():
         pass
     model.close()
+
+
+# ---- inside loss.backward() ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("placement", ["host", "device"])
+def test_fused_backward_has_the_bits_of_the_sink_and_holds_no_gradient(
+    placement: str, make_transformer: Any, make_inputs: Any
+) -> None:
+    settings: dict[str, Any] = {"clip": "block", "max_grad_norm": 0.05, "placement": placement, "ema_decay": 0.9}
+    model = made(make_transformer, fused_backward=True, **settings)
+    found = train(model, make_inputs, "fused")
+    assert same(found, train(made(make_transformer, **settings), make_inputs, "backward"))
+    assert (model.optimizer.steps, model.optimizer.skipped) == (STEPS, 0)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not model.store.holds("grad") and not model.store.holds("held")
+
+
+def test_fused_backward_gives_input_gradients_too(make_transformer: Any, make_inputs: Any) -> None:
+    gradients = []
+    for fused in (True, False):
+        model = made(make_transformer, clip="none", fused_backward=fused)
+        given = inputs_of(make_inputs)
+        given["hidden_states"].requires_grad_()
+        model(**given, return_dict=False)[0].float().square().sum().backward()
+        gradients.append(given["hidden_states"].grad)
+    assert torch.equal(*gradients)
+
+
+def test_fused_backward_skips_what_is_not_finite_and_goes_on(make_transformer: Any, make_inputs: Any) -> None:
+    model = made(make_transformer, clip="none", fused_backward=True)
+    before, given = snapshot(model), inputs_of(make_inputs)
+    model(**given, return_dict=False)[0].backward(torch.full_like(given["hidden_states"], math.nan))
+    model.optimizer.step()
+    assert same(snapshot(model), before)
+    assert (model.optimizer.steps, model.optimizer.skipped) == (0, 1)
+    model.optimizer.step()  # no backward since
+    assert (model.optimizer.steps, model.optimizer.skipped) == (0, 1)
+    train(model, make_inputs, "fused")
+    assert model.optimizer.steps == STEPS and not same(snapshot(model), before)
+
+
+def test_fused_backward_takes_one_pass_a_step(make_transformer: Any, make_inputs: Any) -> None:
+    model = made(make_transformer, clip="block", fused_backward=True)
+    given = inputs_of(make_inputs)
+    first = model(**given, return_dict=False)[0].sum()
+    first.backward()
+    second = model(**given, return_dict=False)[0].sum()
+    with pytest.raises(RuntimeError, match="one backward pass a step"):
+        second.backward()
+    model.optimizer.step()
+    assert model.optimizer.steps == 1
+    with pytest.raises(ValueError, match="clip='global'"):
+        AdamW8bit(fused_backward=True)
+
+
+def test_a_fused_pass_that_fails_before_an_update_is_no_step(
+    make_transformer: Any, make_inputs: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = made(make_transformer, clip="block", fused_backward=True)
+    before, given = snapshot(model), inputs_of(make_inputs)
+    with monkeypatch.context() as patch:
+        patch.setattr(StreamedModel, "vjp", lambda *_, **__: (_ for _ in ()).throw(MemoryError("full")))
+        with pytest.raises(MemoryError):
+            model(**given, return_dict=False)[0].sum().backward()
+    assert model.optimizer.steps == 0 and same(snapshot(model), before)
+    train(model, make_inputs, "fused")
+    assert model.optimizer.steps == STEPS

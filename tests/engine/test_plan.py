@@ -15,8 +15,8 @@ from torch import nn
 from leapalign.engine.backbones import SequentialBackbone
 from leapalign.engine.plan import MemoryPlan
 from leapalign.engine.planner import BudgetError, Planner, fits, plan_memory
-from leapalign.engine.streamed import StreamedModel
 from leapalign.engine.sizes import parse_bytes, spell_bytes
+from leapalign.engine.streamed import StreamedModel
 from leapalign.engine.workload import Budget, Machine, RewardLoad, Workload
 
 FLUX = {
@@ -37,7 +37,10 @@ WORKLOAD = Workload(
     resolution=256,
     text_tokens=16,
     num_inference_steps=4,
-    rewards=(RewardLoad(MIB, 12 * MIB, 10**9), RewardLoad(MIB, 6 * MIB, 2 * 10**9, checkpointed=True)),
+    rewards=(
+        RewardLoad(MIB, 12 * MIB, 10**9, blocks=100),
+        RewardLoad(MIB, 6 * MIB, 2 * 10**9, checkpointed=True, blocks=100),
+    ),
 )
 # Slow copies, so that all decisions matter for so small a model.
 MACHINE = Machine(1e12, 1e9, 1e9, 1e9, seconds_per_call=1e-5, device_base_bytes=0)
@@ -101,9 +104,9 @@ def test_a_refusal_names_a_setting_that_is_accepted(planner, plans, data):
     if error is not None:
         message = str(error)
         assert "\n" not in message and ("device memory" in message or "host memory" in message)
-        words = message.rstrip(".").split()
+        words = message.partition("give ")[2].split()
         larger = {name: words[words.index(name) + 1] for name in ("vram", "ram") if name in words}
-        batch = int(words[words.index("to") + 1]) if "batch from" in message else WORKLOAD.batch
+        batch = int(message.rpartition(" to ")[2]) if "batch from" in message else WORKLOAD.batch
         assert larger or batch < WORKLOAD.batch
         wanted = Budget(**{"vram": budget.vram, "ram": budget.ram, **larger})
         assert (wanted, batch) == (error.budget, error.workload.batch)
@@ -124,6 +127,7 @@ def test_little_memory_takes_other_decisions(planner, plans):
     tight = planner.plan(Budget(vram=least.peak_device_bytes))
     assert tight.seconds > roomy.seconds
     assert (tight.microbatch, tight.block_inputs, tight.checkpoint_reward) == (1, "host", True)
+    assert tight.reward_microbatch == 1 < roomy.reward_microbatch
     host = min(plan.peak_host_bytes for plan in plans)
     assert planner.plan(Budget(ram=host)).block_inputs == "device"
 
@@ -132,16 +136,56 @@ def test_what_the_user_fixed_stays():
     workload = dataclasses.replace(WORKLOAD, microbatch=3, mode="held", optimizer_on="host")
     for plan in Planner(FLUX, workload, MACHINE).plans():
         assert (plan.microbatch, plan.mode, plan.optimizer_on) == (3, "held", "host")
+        assert plan.reward_microbatch == 3
 
 
 def test_a_refusal_says_the_number_the_limit_and_the_way_out(planner, plans):
-    with pytest.raises(BudgetError, match=r"vram=1\.00MiB is too little: the step needs \d.*whatever the batch; give"):
+    with pytest.raises(
+        BudgetError, match=r"vram = 1\.00MiB is too little: the step needs \d.*whatever the batch; give"
+    ):
         planner.plan(Budget(vram="1MiB"))
-    with pytest.raises(BudgetError, match=r"ram=10\.00MiB is too little: .* of host memory"):
+    with pytest.raises(BudgetError, match=r"ram = 10\.00MiB is too little: .* of host memory"):
         planner.plan(Budget(ram="10MiB"))
     limit = min(plan.peak_host_bytes for plan in plans) - 1
     with pytest.raises(BudgetError, match="lower the batch from 6 to 5"):
         planner.plan(Budget(ram=limit))
+
+
+@pytest.mark.parametrize(("batch", "expected"), [(6, {1, 2, 4, 6}), (64, {1, 2, 4, 8, 64}), (65, {1, 2, 4, 8})])
+def test_how_many_pictures_the_reward_takes_at_once(batch, expected):
+    """More of them are launched less often: each number is the quickest within some budget."""
+    workload = dataclasses.replace(WORKLOAD, batch=batch, rewards=(RewardLoad(MIB, MIB, 1, blocks=100),))
+    plans = Planner(FLUX, workload, MACHINE).plans()
+    assert {plan.reward_microbatch for plan in plans} == expected
+    phases = {plan.reward_microbatch: phase for plan in plans for phase in plan.phases if phase.name == "reward"}
+    for rows, phase in phases.items():
+        assert phase.breakdown["device: reward"] == (1 + rows) * MIB
+        assert phase.seconds >= -(-batch // rows) * 100 * 3 * MACHINE.seconds_per_call
+
+
+def test_sampling_alone_holds_nothing_for_gradients():
+    load = RewardLoad(MIB, MIB, 10**9, blocks=10)
+    sampling = dataclasses.replace(WORKLOAD, legs=0, rewards=(load,))
+    drawn, trained = (
+        Planner(FLUX, workload, MACHINE).plan(Budget())
+        for workload in (sampling, dataclasses.replace(sampling, legs=2, clip="global"))
+    )
+    assert [phase.name for phase in drawn.phases] == ["hoist", "rollout", "reward"]
+    held = {name for phase in drawn.phases for name in phase.breakdown}
+    gradients = {"device: gradient buffer", "device: kept block inputs", "host: optimizer", "host: held gradients"}
+    assert not held & gradients and {"host: optimizer", "host: held gradients"} <= trained.phases[0].breakdown.keys()
+    assert drawn.peak_device_bytes < trained.peak_device_bytes and drawn.peak_host_bytes < trained.peak_host_bytes
+    with pytest.raises(BudgetError, match="sampling needs"):
+        Planner(FLUX, sampling, MACHINE).plan(Budget(vram="1MiB"))
+
+
+def test_what_is_compared_is_what_is_planned(planner, plans):
+    """The planner compares bare numbers; those of the plans made of them are the same, to the last bit."""
+    prospects = list(planner._prospects(WORKLOAD))
+    assert len(prospects) == len(plans)
+    for prospect, plan in zip(prospects, plans, strict=True):
+        for name in ("seconds", "peak_device_bytes", "peak_host_bytes"):
+            assert getattr(prospect, name) == getattr(plan, name)
 
 
 def test_the_model_may_be_a_config_a_file_a_folder_or_a_module(tmp_path):
@@ -209,6 +253,29 @@ def test_a_plan_by_hand_has_no_predictions():
     assert json.loads(json.dumps(plan.as_dict()))["mode"] == "paired"
 
 
+def test_a_plan_comes_back_from_json(planner):
+    for plan in (MemoryPlan(microbatch=None, resident=2), planner.plan(Budget())):
+        assert MemoryPlan.from_dict(json.loads(json.dumps(plan.as_dict()))) == plan
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"speed": 1}, "unknown speed"),
+        ({"mode": None}, "without mode"),
+        ({"slots": 1}, "slots=1"),
+        ({"phases": [{"name": "rollout"}]}, "phase without device_bytes"),
+    ],
+)
+def test_no_plan_comes_back_from_something_else(change, expected):
+    values = {
+        name: value for name, value in (MemoryPlan().as_dict() | change).items() if value is not None or name != "mode"
+    }
+    with pytest.raises(ValueError, match=expected) as caught:
+        MemoryPlan.from_dict(values)
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("resident", "blocks", "ends"), [("none", 0, False), (0, 0, False), (2, 2, True), (9, 4, True), ("all", 4, True)]
 )
@@ -261,7 +328,14 @@ def test_a_machine_is_read_from_a_file(tmp_path):
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"batch": 0}, {"legs": 0}, {"num_inference_steps": -1}, {"resolution": 500}, {"microbatch": 9}, {"microbatch": 0}],
+    [
+        {"batch": 0},
+        {"legs": -1},
+        {"num_inference_steps": -1},
+        {"resolution": 500},
+        {"microbatch": 9},
+        {"microbatch": 0},
+    ],
 )
 def test_a_wrong_workload_is_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
