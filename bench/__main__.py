@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from bench import curves, memory, optimizers, quality, report
+from bench import bits, curves, memory, optimizers, quality, report
 
 
 def main(arguments: list[str]) -> int:
@@ -16,6 +16,7 @@ def main(arguments: list[str]) -> int:
     memory.add_arguments(commands.add_parser("memory", help=memory.SUMMARY, description=memory.__doc__))
     optimizers.add_arguments(commands.add_parser("optimizers", help=optimizers.SUMMARY, description=optimizers.__doc__))
     curves.add_arguments(commands.add_parser("curves", help=curves.SUMMARY, description=curves.__doc__))
+    bits.add_arguments(commands.add_parser("bits", help=bits.SUMMARY, description=bits.__doc__))
     commands.add_parser("report", help=report.SUMMARY, description=report.__doc__)
     options, overrides = parser.parse_known_args(arguments)
     runs = {
@@ -23,6 +24,7 @@ def main(arguments: list[str]) -> int:
         "memory": memory.run,
         "optimizers": optimizers.run,
         "curves": curves.run,
+        "bits": bits.run,
         "report": report.run,
     }
     return runs[options.what](options, overrides)

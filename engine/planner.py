@@ -24,7 +24,7 @@ from leapalign.engine.units import meta_transformer
 from leapalign.engine.workload import Budget, Machine, Workload
 
 EVERY = (1, 2, 4, 8)
-MICROBATCHES = (1, 2, 4, 8)
+MICROBATCHES = (1, 2, 4, 8, 16, 32, 64)  # small models need many rows, or launching their blocks takes the time
 RESIDENCIES = 6  # numbers of resident blocks that are looked at, between none and all
 
 

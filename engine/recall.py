@@ -18,7 +18,7 @@ class Recall(TorchDispatchMode):
     """While active, an operator whose arguments were seen before gives new empty tensors at once.
 
     Only where that is the same: the operator changes no argument, and its results share memory with nothing. All
-    tensors are on meta. Enter it before `leapalign.engine.counting.Counting`, which then sees the same operators as without.
+    tensors are on meta. Enter it before `leapalign.engine.counting.Counting`, which sees the same operators as without.
     """
 
     def __init__(self) -> None:

@@ -294,6 +294,8 @@ def _quiet() -> None:
 def _load_libraries(config: AlignConfig) -> None:
     """Load torch, transformers and diffusers, without their notices and loading bars, and find model and device."""
     _quiet()
+    # Torch reads this when it is loaded. Segments that grow leave no gaps between tensors of many sizes.
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     from leapalign.pipeline import resolve_device, resolve_model
 
     resolve_model(config.pretrained_model_name_or_path)

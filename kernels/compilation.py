@@ -1,0 +1,29 @@
+"""What it takes to compile a Triton kernel without a GPU: every kernel file lists its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Compilation:
+    """One kernel in one configuration, as its launcher would start it.
+
+    Attributes:
+        name: e.g. "modulate.forward bf16 3072".
+        kernel: the `@triton.jit` function.
+        signature: {argument: Triton's type}: "*bf16", "*fp32", "i32", "fp32", "u64"; "constexpr" for the constants.
+        constants: {argument: value} of the constexpr arguments.
+        aligned: arguments whose pointers or values are multiples of 16, as those of the launcher's calls are.
+        num_warps, num_stages: of the launch.
+    """
+
+    name: str
+    kernel: Any
+    signature: Mapping[str, str]
+    constants: Mapping[str, Any] = field(default_factory=dict)
+    aligned: tuple[str, ...] = ()
+    num_warps: int = 4
+    num_stages: int = 3
