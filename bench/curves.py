@@ -2,9 +2,12 @@
 
 Every seed is run once a way, with the preset's own learning rate and steps:
 
-    float32         AdamW with float32 moments, weights and arithmetic
-    8-bit, bf16     AdamW with 8-bit moments; bfloat16 weights rounded stochastically, and bfloat16 arithmetic
+    float32                     AdamW with float32 moments, weights and arithmetic
+    float32, half microbatch    the same, but for the last bits of its matrix products: the yardstick
+    8-bit, bf16                 AdamW with 8-bit moments; bfloat16 weights rounded stochastically, bfloat16 arithmetic
+    8-bit, bf16, residual       with 8 more bits of every weight
 
+Training amplifies every difference, so two ways are told apart only by more than the second differs from the first.
 Noise, pairs and prompts are functions of (seed, step, sample), so the runs of a seed are paired step by step. A curve
 is the mean reward of each step's batch; batches differ, so it is smoothed by a moving mean. Further arguments are
 settings of all runs, e.g. `--learning_rate 2e-4`.
@@ -15,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import sys
 import tempfile
 from contextlib import nullcontext
@@ -30,11 +34,14 @@ from leapalign.trainer import Trainer
 
 SUMMARY = "reward curves of whole training runs, 8-bit AdamW with bfloat16 weights beside float32"
 
+BASELINE, YARDSTICK = "float32", "float32, half microbatch"
+_8BIT = ["--optimizer", "adamw8bit", "--weight_dtype", "bf16", "--optimizer_device", "host"]
 WAYS = {
-    "float32": ["--optimizer", "adamw"],
-    "8-bit, bf16": ["--optimizer", "adamw8bit", "--weight_dtype", "bf16", "--optimizer_device", "host"],
+    BASELINE: ["--optimizer", "adamw"],
+    YARDSTICK: ["--optimizer", "adamw"],
+    "8-bit, bf16": _8BIT,
+    "8-bit, bf16, residual": [*_8BIT, "--master", "residual"],
 }
-BASELINE = "float32"
 COMMON = ["--executor", "streamed", "--streamed_mode", "held"]  # one mode, whatever the machine: they round differently
 
 
@@ -102,7 +109,7 @@ def _one_run(name: str, seed: int, folder: Path, options: argparse.Namespace, ov
     Raises:
         UsageError: settings that do not go, a run that was stopped, or a step that was left out: it has no reward.
     """
-    own = folder / f"seed-{seed}-{name.replace(', ', '-')}"
+    own = folder / f"seed-{seed}-{re.sub('[^a-z0-9]+', '-', name)}"
     fixed = ["--seed", str(seed), "--output_dir", str(own), "--report_to", "[]"]
     if options.steps is not None:
         fixed += ["--max_train_steps", str(options.steps)]
@@ -111,7 +118,10 @@ def _one_run(name: str, seed: int, folder: Path, options: argparse.Namespace, ov
     if (own / "config.yaml").is_file():
         fixed += ["--resume_from_checkpoint", "latest"]
     config = load_config("shapes", [*COMMON, *WAYS[name], *overrides, *fixed])
-    config = config.model_copy(update={"validation_steps": config.max_train_steps})  # only at the start and the end
+    size = config.train_batch_size
+    microbatch = -(-size // 2) if name == YARDSTICK else size  # not left to the plan, for it decides the last bits
+    once = config.max_train_steps  # validation only at the start and the end
+    config = config.model_copy(update={"microbatch": microbatch, "validation_steps": once})
     outcome = Trainer(config).run()
     if outcome.interrupted:
         raise UsageError(f"stopped in seed {seed}, {name}" + ("; the same command goes on" if options.folder else ""))
@@ -149,6 +159,8 @@ def summarise(curves: dict[str, list[list[float]]], window: int) -> dict[str, An
         largest_ratio_pooled: the largest distance over the root mean square of these deviations over the steps. A
             deviation of 3 seeds is itself uncertain by half, and the largest ratio mostly where it happens to be small.
         paired_difference: mean of (way - float32) over the steps, seed by seed; its mean and standard error over seeds.
+        paired_distance: root mean square of (way - float32) over seeds and the last half of the smoothed steps; the
+            yardstick's is what rounding alone has grown to by then.
 
         What needs a spread is None with one seed.
     """
@@ -162,6 +174,8 @@ def summarise(curves: dict[str, list[list[float]]], window: int) -> dict[str, An
             continue
         distances = [abs(a - b) for a, b in zip(means[name], means[BASELINE], strict=True)]
         differences = [mean(a) - mean(b) for a, b in zip(seeds, curves[BASELINE], strict=True)]
+        apart = [a - b for pair in zip(smoothed[name], smoothed[BASELINE], strict=True) for a, b in _last_half(*pair)]
+        found[name]["paired_distance"] = math.sqrt(mean(value**2 for value in apart))
         found[name] |= {"ratios": None, "largest_ratio": None, "share_within": None, "largest_ratio_pooled": None}
         found[name]["paired_difference"] = {"by_seed": differences, **_estimate(differences)}
         if spreads:
@@ -173,6 +187,10 @@ def summarise(curves: dict[str, list[list[float]]], window: int) -> dict[str, An
                 "largest_ratio_pooled": max(distances) / math.sqrt(mean(spread**2 for spread in spreads)),
             }
     return found
+
+
+def _last_half(one: list[float], other: list[float]) -> list[tuple[float, float]]:
+    return list(zip(one, other, strict=True))[len(one) // 2 :]
 
 
 def _spreads(seeds: list[list[float]]) -> list[float]:
@@ -201,13 +219,14 @@ def _scores(seeds: list[dict[str, Any]]) -> dict[str, Any]:
 
 def table(summary: dict[str, Any], scores: dict[str, Any]) -> str:
     """Summary and validation scores as aligned text."""
-    lines = [f"{'':14}{'start':>9}{'end':>9}{'largest ratio':>15}{'steps within':>14}{'paired difference':>22}"]
+    heads = f"{'start':>9}{'end':>9}{'largest ratio':>15}{'steps within':>14}{'paired difference':>22}{'distance':>10}"
+    lines = [f"{'':26}{heads}"]
     for name in scores:
         row = summary[name]
-        line = f"{name:14}{row['start']:9.4f}{row['end']:9.4f}"
+        line = f"{name:26}{row['start']:9.4f}{row['end']:9.4f}"
         if name != BASELINE:
             ratio = f"{row['largest_ratio']:15.2f}{100 * row['share_within']:12.0f} %" if row["ratios"] else " " * 29
-            line += f"{ratio}{_signed(row['paired_difference']):>22}"
+            line += f"{ratio}{_signed(row['paired_difference']):>22}{row['paired_distance']:10.4f}"
         lines.append(line)
     for name, found in scores.items():
         for score, row in found.items():

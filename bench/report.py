@@ -101,25 +101,25 @@ def _curves() -> str:
     (result,) = found
     summary, scores, runs = result["summary"], result["validation"], result["runs"]
     window, seeds = summary["window"], len(runs["float32"])
-    lines = [f"| | reward, first {window} steps | last {window} steps | held-out reward | rule-based accuracy |"]
-    lines.append("|" + "---|" * 5)
-    for name, found_scores in scores.items():
-        cells = [f"{summary[name][when]:.3f}" for when in ("start", "end")]
-        for score, scale, digits, unit in (("reward", 1, 3, ""), ("accuracy", 100, 1, " points")):
-            cells.append(_with_error(found_scores[score]["change"], scale, digits) + unit)
+    heads = [f"reward, last {window} steps", "held-out reward", "rule-based accuracy, points", "reward - float32's"]
+    heads += ["distance, last half", "within the spread"]
+    lines = [f"| | {' | '.join(heads)} |", "|" + "---|" * (1 + len(heads))]
+    for name, change in scores.items():
+        row = summary[name]
+        cells = [f"{row['end']:.3f}", _with_error(change["reward"]["change"], 1, 3)]
+        cells.append(_with_error(change["accuracy"]["change"], 100, 1))
+        if name == "float32":
+            cells += ["", "", ""]
+        else:
+            cells += [_with_error(row["paired_difference"], 1, 4), f"{row['paired_distance']:.4f}"]
+            cells.append(f"{100 * row['share_within']:.0f} % of steps, at most {row['largest_ratio']:.1f} spreads")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    told = []
-    for name in runs:
-        if name != "float32":
-            row = summary[name]
-            told.append(
-                f"{name}: at most {row['largest_ratio']:.2f} standard deviations over seeds from float32, at most one "
-                f"in {100 * row['share_within']:.0f} % of the steps; paired difference in reward "
-                f"{_with_error(row['paired_difference'], 1, 4)}."
-            )
+    steps = len(runs["float32"][0]["rewards"])
     lines.append(
-        f"\n{seeds} seeds, {len(runs['float32'][0]['rewards'])} steps each, same noise, pairs and prompts; change of "
-        f"held-out scores ± standard error over seeds. {' '.join(told)} Command: `{result['command']}`."
+        f"\n{seeds} seeds, {steps} steps each, with the same noise, pairs and prompts. Rewards are means of {window} "
+        "steps; ± is the standard error over seeds, the spread float32's standard deviation over seeds. Half the "
+        "microbatch changes only the last bits of matrix products: its distance is what training makes of rounding. "
+        f"Command: `{result['command']}`."
     )
     return "\n".join(lines) + "\n"
 

@@ -40,6 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _run(words)
     except SystemExit as stop:  # argparse after --help and --version
         return int(stop.code or 0)
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return DONE
     except (ValueError, OSError) as error:
         if os.environ.get("LEAPALIGN_TRACEBACK"):
             raise

@@ -52,8 +52,10 @@ def plan_command(config: AlignConfig, machine: Machine | None = None) -> dict[st
 
 def table(plan: MemoryPlan, settings: Mapping[str, Any]) -> str:
     """The plan as aligned text."""
+    count = settings["parameters"]
+    size = f"{count / 1e9:.2f} billion" if count >= 1e9 else f"{count / 1e6:.2f} million"
     lines = [
-        f"{settings['model']}, {settings['parameters'] / 1e9:.2f} billion parameters in {settings['weight_dtype']}, "
+        f"{settings['model']}, {size} parameters in {settings['weight_dtype']}, "
         f"{settings['optimizer']}; {settings['train_batch_size']} pictures of {settings['resolution']} pixels"
         + (f" x {n} passes" if (n := settings["gradient_accumulation_steps"]) > 1 else ""),
         "",

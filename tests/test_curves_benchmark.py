@@ -9,7 +9,8 @@ import pytest
 
 from bench import record
 from bench.__main__ import main
-from bench.curves import smooth, summarise
+from bench.curves import WAYS, smooth, summarise
+from leapalign.config import load_config
 
 
 def test_smoothing_is_the_mean_of_consecutive_steps():
@@ -37,6 +38,8 @@ def test_distances_are_in_deviations_of_float32():
     assert row["paired_difference"]["by_seed"] == pytest.approx(differences)
     assert row["paired_difference"]["mean"] == pytest.approx(0.5)
     assert row["paired_difference"]["standard_error"] == pytest.approx(0, abs=1e-12)
+    last = [0, 1, 1, 0.5]  # differences of the last two of three steps, seed by seed
+    assert row["paired_distance"] == pytest.approx(math.sqrt(sum(x * x for x in last) / 4), rel=1e-12)
 
 
 def test_pairing_takes_out_what_the_seeds_share():
@@ -56,7 +59,7 @@ def test_one_seed_has_no_spread():
 
 
 def test_the_command_measures_and_plots(tmp_path, monkeypatch, capsys):
-    """Two steps a way; a second time the finished runs are taken as they are, and the picture needs no run."""
+    """Two steps a way; the picture then needs no run."""
     monkeypatch.setattr(record, "RESULTS", tmp_path / "results")
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red circle\na blue square\n")
@@ -69,19 +72,21 @@ def test_the_command_measures_and_plots(tmp_path, monkeypatch, capsys):
     folder = tmp_path / "runs"
     assert main([*sizes, "--folder", str(folder), *short]) == 0
     found = record.read("curves-shapes")
-    assert list(found["runs"]) == ["float32", "8-bit, bf16"]
+    assert list(found["runs"]) == list(WAYS)
     assert "--steps 2 --batch 2" in found["command"] and "--folder" not in found["command"]
+    keys, chosen = ("optimizer", "weight_dtype", "master", "microbatch"), []
     for name, (one,) in found["runs"].items():
-        rows = [json.loads(line) for line in next(folder.glob(f"*{name[:4]}*/metrics.jsonl")).open()]
+        own = folder / f"seed-0-{name.replace(', ', '-').replace(' ', '-')}"
+        rows = [json.loads(line) for line in (own / "metrics.jsonl").open()]
         assert one["rewards"] == [row["reward"] for row in rows] and len(rows) == 2
         assert one["before"]["reward"]["mean"] == found["validation"][name]["reward"]["before"]["mean"]
-    # The same prompts, noise and pairs, from weights that differ by bfloat16's rounding.
-    exact, rounded = (found["runs"][name][0]["before"]["reward"]["mean"] for name in found["runs"])
-    assert exact != rounded
-
-    assert main([*sizes, "--folder", str(folder), *short]) == 0
-    again = record.read("curves-shapes")
-    assert again["validation"] == found["validation"] and again["summary"] == found["summary"]
+        chosen.append([getattr(load_config(own / "config.yaml"), key) for key in keys])
+    assert chosen == [
+        ["adamw", "float32", "stochastic", 2],
+        ["adamw", "float32", "stochastic", 1],
+        ["adamw8bit", "bf16", "stochastic", 2],
+        ["adamw8bit", "bf16", "residual", 2],
+    ]
 
     assert main(["curves", "--plot", str(tmp_path / "curves.png")]) == 0
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
