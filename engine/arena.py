@@ -52,17 +52,23 @@ class HostArena(Mapping[str, Tensor]):
             self.nbytes += -(-size // PAGE) * PAGE
         memory = _map(self.nbytes) if self.nbytes else None
         self._regions: dict[str, Tensor] = {}
+        self._memory: mmap.mmap | None = memory
+        self._unpin: weakref.finalize | None = None
         for name, size in sizes.items():
             if memory is None or size == 0:  # torch.frombuffer takes no empty buffer
                 self._regions[name] = torch.empty(0, dtype=torch.uint8)
             else:
                 self._regions[name] = torch.frombuffer(memory, dtype=torch.uint8, count=size, offset=starts[name])
-        self._unpin: weakref.finalize | None = None
-        if memory is not None and (torch.cuda.is_available() if pin is None else pin):
-            address = torch.frombuffer(memory, dtype=torch.uint8).data_ptr()
+        if torch.cuda.is_available() if pin is None else pin:
+            self.lock()
+
+    def lock(self) -> None:
+        """Lock the pages now; for memory that is filled first, so that it takes no place before. Errors: the class."""
+        if self._memory is not None and not self.pinned:
+            address = torch.frombuffer(self._memory, dtype=torch.uint8).data_ptr()
             _register(address, self.nbytes)
             # It holds the mapping: a page must not be unmapped while it is locked.
-            self._unpin = weakref.finalize(self, _unregister, address, memory)
+            self._unpin = weakref.finalize(self, _unregister, address, self._memory)
 
     @property
     def pinned(self) -> bool:
@@ -83,7 +89,7 @@ class HostArena(Mapping[str, Tensor]):
         Copies still under way are waited for. A second call does nothing; garbage collection and the end of the
         process do the same.
         """
-        self._regions = {}
+        self._regions, self._memory = {}, None
         if self._unpin is not None:
             self._unpin()
 

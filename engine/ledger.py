@@ -24,8 +24,8 @@ class Measured:
     Attributes:
         device_bytes: the most that torch's allocator had handed out. A plan's include what no allocator shows as well,
             "device: base" in their breakdown, which is left out where the two stand side by side.
-        host_bytes: the most resident memory that the process had; where the system cannot forget an earlier peak, what
-            it had at the phase's end.
+        host_bytes: the most resident memory that the process had, mapped files such as libraries apart; where the
+            system cannot forget an earlier peak, what it had at the phase's end.
     """
 
     device_bytes: int | None = None
@@ -95,7 +95,11 @@ class Ledger:
                 ("device", "host"), (found.device_bytes, found.host_bytes), planned[name], strict=True
             ):
                 if took is not None and took > limit:
-                    lines.append(f"{name} took {spell_bytes(took)} of {what} memory, {spell_bytes(limit)} were planned")
+                    key = "vram" if what == "device" else "ram"
+                    lines.append(
+                        f"{name} took {spell_bytes(took)} of {what} memory, {spell_bytes(limit)} were planned: "
+                        f"plan for less {key} if it runs short"
+                    )
         return lines
 
     def _planned(self) -> dict[str, tuple[int, int]]:
@@ -105,14 +109,14 @@ class Ledger:
 
 
 def resident_bytes(*, peak: bool = False) -> int | None:
-    """Memory of this process that is resident now, or was at most; None where the system does not tell."""
-    field = "VmHWM:" if peak else "VmRSS:"
+    """Resident memory of this process, mapped files apart, now or at most; None where the system does not tell."""
     try:
         lines = _STATUS.read_text(encoding="ascii").splitlines()
     except OSError:
         return None
-    value = next((line.split()[1] for line in lines if line.startswith(field)), None)
-    return None if value is None else int(value) * 1024
+    found = {line.partition(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.startswith(("Vm", "Rss"))}
+    most = found.get("VmHWM" if peak else "VmRSS")
+    return None if most is None else most - found.get("RssFile", 0)
 
 
 def _forget_peak() -> bool:

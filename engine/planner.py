@@ -159,6 +159,8 @@ class Planner:
         elif least:
             microbatches = [1]
         modes: list[Any] = [workload.mode] if workload.mode else ["paired", "held"]
+        if workload.mode is None and workload.dtype.itemsize < 4 and not workload.holds:
+            modes = ["paired"]  # held, the first leg's gradients would be rounded to the weights' dtype
         if not workload.first_passes:
             modes = modes[:1]  # all legs run in one pass
         updates = workload.legs and workload.optimizer == "adamw8bit"

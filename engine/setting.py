@@ -108,7 +108,8 @@ class Setting:
         if workload.optimizer == "gradients":
             return numel * self.sum_item
         if workload.optimizer == "adamw":
-            return numel * (3 * self.sum_item + (4 if workload.ema else 0))
+            gradients = 2 if workload.gradient_accumulation_steps > 1 else 1  # the sum, and the next pass's
+            return numel * ((2 + gradients) * self.sum_item + (4 if workload.ema else 0))
         found = 2 * page(numel) + 2 * page(numel // 256 * 4)
         if self.item < 4:
             found += {"stochastic": 0, "residual": page(numel), "float32": page(4 * numel)}[workload.master]

@@ -172,12 +172,6 @@ class Updater:
             self._buffers[unit, kind] = self._model.streamer.wrap(self._store.region(unit, kind))
         return self._buffers[unit, kind]
 
-    def settle(self) -> None:
-        """Wait until all states are in host memory."""
-        for buffer in self._buffers.values():
-            if buffer.stored is not None:
-                self._model.streamer.settle(buffer)
-
 
 def elements(gradient: Gradient, start: int, stop: int) -> Tensor:
     """Elements start ... stop of a gradient, flat; those of factors are multiplied out, in float32."""

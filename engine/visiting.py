@@ -44,9 +44,12 @@ class Guest:
         for tensor in self._tensors:
             self._starts.append(total)
             total += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
-        self._memory = HostArena({"weights": total}, pin=pin)["weights"]
+        self._arena = HostArena({"weights": total}, pin=False)  # kept: its end unlocks the pages
+        self._memory = self._arena["weights"]
         for tensor, home in zip(self._tensors, self._views(self._memory), strict=True):
-            tensor.data = home.copy_(tensor)
+            tensor.data = home.copy_(tensor)  # frees what it had: there is no second copy of the model
+        if pin:
+            self._arena.lock()
 
     @contextmanager
     def on(self, device: torch.device) -> Iterator[None]:

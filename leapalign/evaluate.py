@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -45,6 +45,7 @@ def generate(
     num_inference_steps: int,
     guidance_scale: float,
     microbatch: int | None = None,
+    levels: int | None = None,
 ) -> Tensor:
     """Sample one picture for each prompt, as diffusers' FluxPipeline would from the same latents.
 
@@ -52,6 +53,7 @@ def generate(
         prompts: N texts whose embeddings `store` has.
         noise: (N, S, C) packed latents at sigma 1, on any device.
         microbatch: pictures at once; None for all. A streamed transformer splits them further, as its plan says.
+        levels: noise levels whose modulation a streamed transformer has at once; None for all.
 
     Returns:
         (N, 3, resolution, resolution) float32 in [0, 1], on the CPU.
@@ -61,18 +63,18 @@ def generate(
     pictures = []
     for rows in microbatches(len(prompts), microbatch):
         conditioning = pipeline.conditioning(store.batch(prompts[rows]), resolution, guidance_scale)
-        latents = _sample(pipeline.transformer, conditioning, noise[rows].to(pipeline.home), sigmas)
-        with picture_phase(pipeline):
+        latents = _sample(pipeline.transformer, conditioning, noise[rows].to(pipeline.home), sigmas, levels)
+        with picture_phase(pipeline, pipeline.vae):
             for few in pictures_at_once(pipeline, len(latents)):
                 pictures.append(pipeline.decode(latents[few]).float().cpu())
     return torch.cat(pictures)
 
 
 def picture_phase(pipeline: FlowPipeline, *models: object) -> AbstractContextManager[None]:
-    """Inside the block VAE and models are on the device, and a streamed transformer's weights as its plan says."""
+    """Inside the block the models are on the device, and a streamed transformer's weights as its plan says."""
     if isinstance(pipeline.transformer, StreamedModel):
         return reward_phase(pipeline.transformer, lambda: pipeline.visit(*models))
-    return pipeline.visit(*models)
+    return nullcontext()
 
 
 def pictures_at_once(pipeline: FlowPipeline, count: int) -> Iterator[slice]:
@@ -81,11 +83,13 @@ def pictures_at_once(pipeline: FlowPipeline, count: int) -> Iterator[slice]:
     return microbatches(count, transformer.plan.reward_microbatch if isinstance(transformer, StreamedModel) else None)
 
 
-def _sample(transformer: nn.Module, conditioning: Mapping[str, Any], noise: Tensor, sigmas: Tensor) -> Tensor:
-    """(B, ...) image latents; a streamed model's modulation is evaluated once for all steps."""
+def _sample(
+    transformer: nn.Module, conditioning: Mapping[str, Any], noise: Tensor, sigmas: Tensor, levels: int | None
+) -> Tensor:
+    """(B, ...) image latents."""
     if not isinstance(transformer, StreamedModel):
         return rollout(transformer, conditioning, noise, sigmas).final
-    rolled = streamed_rollout(transformer, conditioning, noise, sigmas)
+    rolled = streamed_rollout(transformer, conditioning, noise, sigmas, levels=levels)
     rolled.drop()
     return rolled.trajectory.final
 
@@ -194,6 +198,7 @@ def evaluate(
             resolution=config.resolution,
             num_inference_steps=config.validation_inference_steps,
             guidance_scale=config.guidance_scale,
+            levels=config.num_inference_steps,  # as many as a training step has
         )
         with picture_phase(pipeline, reward):
             for few in pictures_at_once(pipeline, len(pictures)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,7 +19,8 @@ from leapalign.keys import AlignConfig
 from leapalign.planning import plan_run, run_budget, workload_of
 
 PLAN_FILE = "plan.json"
-ROUNDING = ("mode", "microbatch", "reward_microbatch")  # decisions that change the order of sums, and so the last bits
+# decisions that change the order of sums, and so the last bits
+ROUNDING = ("mode", "microbatch", "reward_microbatch", "keep_block_inputs")
 LESS = 0.9  # of what was planned: the budget to go on with after memory ran out
 
 
@@ -27,7 +29,7 @@ class RunPlan:
     """What a run takes of the machine.
 
     Attributes:
-        workload: text of what was planned for; a plan holds for its own workload only.
+        workload: text of what was planned for and on what kind of device; a plan holds for that only.
         notes: lines to be told at the start.
     """
 
@@ -42,7 +44,7 @@ class RunPlan:
         write_atomically(output_dir / PLAN_FILE, json.dumps(found, indent=1) + "\n")
 
 
-def plan_of_run(config: AlignConfig, device: torch.device, start: Path | None) -> RunPlan:
+def plan_of_run(config: AlignConfig, device: torch.device, start: Path | None, *, own_reward: bool = False) -> RunPlan:
     """The plan of the run that goes on here, if it still fits, else a new one.
 
     A run keeps its plan when it is resumed, though another amount of memory may be free then: microbatch and mode
@@ -50,25 +52,29 @@ def plan_of_run(config: AlignConfig, device: torch.device, start: Path | None) -
 
     Args:
         start: the checkpoint to go on from.
+        own_reward: another reward than the config's is used, whose memory is not known.
 
     Raises:
         UsageError: the step does not fit into the memory that the config gives or the machine has.
     """
     budget, notes = run_budget(config, device)
-    if device.type == "cuda" and config.vram is not None:
-        _cap(device, budget)
-    workload = repr(workload_of(config))
+    if device.type == "cuda":
+        _cap(device, budget.device_bytes if config.vram is not None else math.inf)
+    wanted = workload_of(config, own_reward=own_reward)
+    workload = f"{device.type}: {wanted}"
     before = _read((start.parent if start else Path(config.output_dir)) / PLAN_FILE)
-    if before and before.workload == workload and fits(before.plan, budget):
+    if before and before.workload == workload and fits(before.plan, run_budget(config, device, slack=0)[0]):
         plan = before.plan
     else:
-        plan = plan_run(config, device)
+        plan = plan_run(config, device, workload=wanted)
         if before and start and (changes := _changes(before.plan, plan)):
             notes.append(f"another plan than before ({changes}): the run goes on with the same values up to rounding")
+    if own_reward:
+        notes.append("the memory of a reward of your own is not in the plan: leave room for it with vram")
     return RunPlan(plan, budget, workload, [*notes, _in_words(plan, budget)])
 
 
-def memory_error(error: BaseException, config: AlignConfig, planned: RunPlan | None, resume: str) -> UsageError | None:
+def memory_error(error: BaseException, config: AlignConfig, planned: RunPlan | None) -> UsageError | None:
     """What to change when memory has run out; None for any other error."""
     reason = str(error).strip().partition("\n")[0]
     if isinstance(error, torch.OutOfMemoryError):
@@ -78,23 +84,38 @@ def memory_error(error: BaseException, config: AlignConfig, planned: RunPlan | N
                 "use --executor streamed, or lower --microbatch, or set --gradient_checkpointing"
             )
         peak = planned.plan.peak_device_bytes
+        begun = (Path(config.output_dir) / "config.yaml").is_file()
         return UsageError(
-            f"out of device memory, of which {spell_bytes(peak)} were planned: {reason}; go on with a smaller plan: "
-            f"{resume} --vram {spell_bytes(int(LESS * peak))}"
+            f"out of device memory, of which {spell_bytes(peak)} were planned: {reason}; give --vram "
+            f"{spell_bytes(int(LESS * peak))} for a smaller plan" + (" and --resume_from_checkpoint latest" * begun)
         )
     if isinstance(error, MemoryError) or "DefaultCPUAllocator" in reason:
         share = f", of which {spell_bytes(planned.plan.peak_host_bytes)} were planned" if planned else ""
-        saving = "--optimizer adamw8bit --weight_dtype bf16 takes 4 bytes a parameter"
-        if config.optimizer == "adamw8bit":
-            saving = "--use_ema false and --clip block take 2 bytes a parameter less each"
-        return UsageError(f"out of host memory{share}: {reason}; {saving}, or lower --train_batch_size")
+        ways = " or ".join(
+            [*_savings(config), "--train_batch_size 1" if config.train_batch_size > 1 else "more memory"]
+        )
+        return UsageError(f"out of host memory{share}: {reason}; less is taken with {ways}")
+    if reason.startswith("cannot lock"):
+        return UsageError(reason.replace(", or pass pin=False for slower copies", ""))
     return None
 
 
-def _cap(device: torch.device, budget: Budget) -> None:
-    """Let torch's allocator give up memory it no longer uses, or fail, rather than take more than the budget."""
+def _savings(config: AlignConfig) -> list[str]:
+    """Settings that take host memory away from a run of this config."""
+    ways = []
+    if config.executor == "streamed" and config.optimizer == "adamw":
+        ways.append("--optimizer adamw8bit --weight_dtype bf16 (a new run)")
+    if config.use_ema:
+        ways.append("--use_ema false")
+    if config.optimizer == "adamw8bit" and config.clip == "global" and config.gradient_accumulation_steps == 1:
+        ways.append("--clip block")
+    return ways
+
+
+def _cap(device: torch.device, limit: float) -> None:
+    """Let torch's allocator give up memory it no longer uses, or fail, rather than take more than the limit."""
     total = torch.cuda.get_device_properties(device).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, max(budget.device_bytes - DEVICE_BASE, 0) / total), device)
+    torch.cuda.set_per_process_memory_fraction(min(1.0, max(limit - DEVICE_BASE, 0) / total), device)
 
 
 def _read(path: Path) -> RunPlan | None:

@@ -29,18 +29,18 @@ _HUB_ID = r"[A-Za-z0-9][\w.-]*/[\w.-]+"
 
 
 def resolve_device(name: str) -> torch.device:
-    """`auto` is the GPU if there is one, else the CPU.
+    """`auto` is the GPU if there is one, else the CPU. A GPU has its index.
 
     Raises:
         UsageError: a device that this machine does not have.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
     missing_cuda = device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()
     if missing_cuda or (device.type == "mps" and not torch.backends.mps.is_available()):
         raise UsageError(f"device = {name}: torch {torch.__version__} sees no such device here; use auto or cpu")
-    return device
+    return torch.device("cuda", torch.cuda.current_device()) if name == "cuda" else device
 
 
 def resolve_model(name: str) -> Path | str:
@@ -102,16 +102,16 @@ class FlowPipeline:
 
     @contextmanager
     def visit(self, *models: object) -> Iterator[None]:
-        """Inside the block the VAE and the models are where the transformer computes.
+        """Inside the block the models are where the transformer computes, if it is streamed.
 
         Args:
             models: modules, or objects with modules as attributes; those that have a place of their own stay there.
         """
         from leapalign.engine.visiting import visiting
 
-        parts = [self.vae, *(part for model in models for part in [model, *getattr(model, "__dict__", {}).values()])]
+        parts = [part for model in models for part in [model, *getattr(model, "__dict__", {}).values()]]
         with ExitStack() as stack:
-            for part in parts:
+            for part in parts if self.home != self.device else []:
                 if isinstance(part, torch.nn.Module):
                     stack.enter_context(visiting(part, self.device))
             yield
@@ -234,22 +234,26 @@ def load_pipeline(
 
 
 def configured_pipeline(
-    config: AlignConfig, transformer: str | Path | None = None, *, plan: MemoryPlan | None = None
+    config: AlignConfig,
+    transformer: str | Path | None = None,
+    *,
+    plan: MemoryPlan | None = None,
+    scored: bool = True,
 ) -> FlowPipeline:
     """`load_pipeline` as the run's config says: model, device, precision and executor.
 
     Args:
         transformer: a transformer folder to take instead of the pipeline's own.
-        plan: of a streamed run; None plans for drawing pictures alone.
+        plan: of a streamed run; None plans for drawing pictures alone, and for a reward to score them if `scored`.
 
     Raises:
         UsageError: as `load_pipeline`, or memory in which no plan fits.
     """
     device = resolve_device(config.device)
     if config.executor == "streamed" and plan is None:
-        from leapalign.planning import plan_run
+        from leapalign.planning import plan_run, sampling_workload
 
-        plan = plan_run(config, device, sampling=True)
+        plan = plan_run(config, device, workload=sampling_workload(config, scored=scored))
     return load_pipeline(
         config.pretrained_model_name_or_path,
         device=device,

@@ -23,23 +23,24 @@ if TYPE_CHECKING:
     from leapalign.keys import AlignConfig
 
 CLIP_TOKENS = 77  # that Stable Diffusion 3's prompts have beside T5's
+SLACK = 0.03  # of what is free is left: for the allocators' gaps, and for a resumed run to find room for its plan
 _KINDS = {"vram": "device memory", "ram": "host memory"}
 
 
 def plan_run(
-    config: AlignConfig, device: torch.device, *, sampling: bool = False, budget: Budget | None = None
+    config: AlignConfig, device: torch.device, *, workload: Workload | None = None, budget: Budget | None = None
 ) -> MemoryPlan:
     """The fastest plan for a run of this config with the memory that there is.
 
     Args:
         device: where the run computes.
-        sampling: pictures are drawn, and nothing is trained.
+        workload: None: `workload_of`.
         budget: None: `run_budget`.
 
     Raises:
         UsageError: nothing fits, or the models' shapes are not known.
     """
-    found = planner_of(config, sampling_workload(config) if sampling else workload_of(config), machine_of(device))
+    found = planner_of(config, workload or workload_of(config), machine_of(device))
     given = _budget(config, device) if budget is None else _Given(budget, {}, [])
     try:
         return found.plan(given.budget)
@@ -47,12 +48,13 @@ def plan_run(
         raise refusal(error, config, given.free, device) from None
 
 
-def run_budget(config: AlignConfig, device: torch.device) -> tuple[Budget, list[str]]:
+def run_budget(config: AlignConfig, device: torch.device, *, slack: float | None = None) -> tuple[Budget, list[str]]:
     """The least of what the config gives and what is free now, and a note on each key that gives more than there is.
 
+    Of what is free the share `slack` is left; None: SLACK.
     On a CPU the plan's device memory is host memory too: it gets half of what there is, or `vram` if that is less.
     """
-    found = _budget(config, device)
+    found = _budget(config, device, slack)
     return found.budget, found.notes
 
 
@@ -65,8 +67,10 @@ class _Given:
     notes: list[str]
 
 
-def _budget(config: AlignConfig, device: torch.device) -> _Given:
-    free = {"vram": device_available(device), "ram": host_available()}
+def _budget(config: AlignConfig, device: torch.device, slack: float | None = None) -> _Given:
+    slack = SLACK if slack is None else slack
+    measured = {"vram": device_available(device), "ram": host_available()}
+    free = {key: None if there is None else int(there * (1 - slack)) for key, there in measured.items()}
     limits: dict[str, int | None] = {}
     binding: dict[str, int] = {}
     notes: list[str] = []
@@ -102,8 +106,11 @@ def _planner(transformer: str, workload: Workload, machine: Machine) -> Planner:
     return Planner(json.loads(transformer), workload, machine)
 
 
-def workload_of(config: AlignConfig) -> Workload:
+def workload_of(config: AlignConfig, *, own_reward: bool = False) -> Workload:
     """One optimizer step of this config; microbatch, streamed_mode and optimizer_device may be the planner's to choose.
+
+    Args:
+        own_reward: another reward than the config's is used, of which nothing is known: the VAE alone is counted.
 
     Raises:
         UsageError: the executor is another one, or the models' shapes are not known.
@@ -119,18 +126,27 @@ def workload_of(config: AlignConfig) -> Workload:
         clip=config.clip,
         master=config.master,
         ema=config.use_ema,
-        rewards=reward_loads(config),
+        rewards=reward_loads(_without_reward(config) if own_reward else config),
     )
 
 
-def sampling_workload(config: AlignConfig) -> Workload:
-    """One batch of `train_batch_size` pictures, drawn, decoded and scored without gradients. Errors: `workload_of`."""
+def sampling_workload(config: AlignConfig, *, scored: bool = True) -> Workload:
+    """One batch of `train_batch_size` pictures, drawn, decoded and perhaps scored without gradients.
+
+    Raises:
+        UsageError: as `workload_of`.
+    """
     return _workload(
         config,
         num_inference_steps=config.validation_inference_steps,
         legs=0,
-        rewards=reward_loads(config, gradients=False),
+        rewards=reward_loads(config if scored else _without_reward(config), gradients=False),
     )
+
+
+def _without_reward(config: AlignConfig) -> AlignConfig:
+    """With the packaged reward, which is small and not counted."""
+    return config.model_copy(update={"reward": "shapes", "reward_model_name_or_path": None})
 
 
 def _workload(config: AlignConfig, **more: Any) -> Workload:

@@ -44,7 +44,7 @@ def sample_command(
         output: PNG file in a folder that exists; written whole or not at all.
     """
     store = prompt_store(config, prompts)
-    pipeline = configured_pipeline(config, transformer)
+    pipeline = configured_pipeline(config, transformer, scored=False)
     noise = draw_noise(config.seed, 0, range(num_images), pipeline.latent_shape(config.resolution))
     pictures = generate(
         pipeline,

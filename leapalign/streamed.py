@@ -159,6 +159,7 @@ def streamed_rollout(
     steps: Steps | None = None,
     *,
     keep_block_inputs: bool = False,
+    levels: int | None = None,
 ) -> StreamedRollout:
     """`leapalign.rollout.rollout` with a streamed model: modulation once for all steps, every step layer-major.
 
@@ -168,27 +169,36 @@ def streamed_rollout(
         steps: where the model will be differentiated, and so the velocities to be kept; None for nowhere.
         keep_block_inputs: also keep the inputs of the blocks there: n B times the model's depth (or every n-th block's,
             as the memory plan says) hidden states.
+        levels: noise levels whose modulation is there at once; None for all, as products at `steps` need them.
     """
     batch = noise.shape[0]
     steps = [()] * batch if steps is None else steps
     sigmas = sigmas.to(device=noise.device, dtype=noise.dtype)
+    levels = levels or len(sigmas) - 1
+    assert levels >= len(sigmas) - 1 or not steps[0], "products read the modulation of all levels"
     with model.ledger.phase("hoist"):
-        modulations = model.hoist(_condition_rows(model, conditioning, sigmas[:-1], batch))
+        modulations = model.hoist(_condition_rows(model, conditioning, sigmas[:-1][:levels], batch))
     record = model.record(batch * len(steps[0])) if keep_block_inputs and steps[0] else None
 
     def evaluate(step: int, rows: slice, latents: Tensor) -> Tensor:
+        nonlocal modulations
         assert (rows.start, rows.stop) == (0, batch), "layer-major: the model itself splits the batch"
+        if step and step % levels == 0 and modulations is not None:
+            modulations.drop()
+            modulations = model.hoist(_condition_rows(model, conditioning, sigmas[step:-1][:levels], batch))
+        row = step % levels * batch
         kept = [(b, n * batch + b) for n in range(len(steps[0])) for b in range(batch) if steps[b][n] == step]
         output = model.evaluate(
             _inputs(model, latents, sigmas[step].expand(batch), conditioning),
-            modulations=_rows(modulations, range(step * batch, (step + 1) * batch)),
+            modulations=_rows(modulations, range(row, row + batch)),
             record=record if kept else None,
             record_rows=kept if record else (),
         )
         return output.to(latents.dtype)
 
     with model.ledger.phase("rollout"):
-        return StreamedRollout(euler(evaluate, noise, sigmas, keep=steps), steps, modulations, record)
+        trajectory = euler(evaluate, noise, sigmas, keep=steps)
+    return StreamedRollout(trajectory, steps, modulations, record)
 
 
 @torch.no_grad()

@@ -22,7 +22,15 @@ AVERAGE = "ema"  # its kind in the store
 
 
 class HalfUpdatedError(RuntimeError):
-    """A step that ended with some units updated and others not: the weights of no step."""
+    """A step that ended with some units updated and others not: the weights of no step.
+
+    Attributes:
+        reason: why the step is to be left out.
+    """
+
+    def __init__(self, reason: str, updated: int) -> None:
+        super().__init__(f"{reason}, after {updated} units were updated")
+        self.reason = reason
 
 
 class StreamedState:
@@ -80,9 +88,7 @@ class StreamedState:
         except RuntimeError as error:
             if sink.broken is None:
                 raise
-            raise HalfUpdatedError(
-                f"the gradient of {sink.broken} is not finite, after {len(sink.updated)} units were updated"
-            ) from error
+            raise HalfUpdatedError(f"the gradient of {sink.broken} is not finite", len(sink.updated)) from error
 
     def update(self, grads: dict[str, Tensor]) -> float:
         """Clip, AdamW, average, if `delivery` has not done so. Returns the gradient's norm before clipping.

@@ -142,6 +142,13 @@ class Tracking:
         self._everywhere(lambda tracker: tracker.scalars(step, named))
         self._everywhere(lambda tracker: tracker.picture(step, "samples", picture))
 
+    def rewind(self, step: int) -> None:
+        """Drop the rows after `step`: the run comes there again."""
+        path = Path(self._metrics.name)
+        self._metrics.close()
+        _keep_rows(path, step)
+        self._metrics = path.open("a", encoding="utf-8")
+
     def sync(self) -> None:
         """Bring all rows to the disk: a checkpoint must not be newer than its rows."""
         self._metrics.flush()

@@ -92,7 +92,7 @@ class Trainer:
         self._streams = config.executor == "streamed"
         self.planned: RunPlan | None = None
         self._skipped_in_a_row = 0
-        self._told = 0  # the last step in metrics.jsonl
+        self._base: Path | None = None  # the checkpoint that the run went on from or wrote last
         self._left_out: dict[int, str] = {}  # {step: why}: a gradient was not finite after others had been applied
         self._exceeded = False
 
@@ -113,31 +113,27 @@ class Trainer:
                 self._begin(start)
                 with Interruption() as interruption:
                     while self.state.step < config.max_train_steps and not interruption.requested:
-                        self._advance(start)
+                        self._advance()
                     return self._finish() if self.state.step >= config.max_train_steps else self._interrupted()
         except (MemoryError, RuntimeError) as error:
-            if told := memory_error(error, config, self.planned, self._resume_command()):
+            if told := memory_error(error, config, self.planned):
                 raise told from error
             raise
 
     # ---- one step --------------------------------------------------------------------------------------------------
 
-    def _advance(self, start: Path | None) -> None:
+    def _advance(self) -> None:
         """One step, and what is due after it.
 
-        A step that could not be left out whole goes back to the last checkpoint (or the run's beginning), and is left
-        out on the way that follows: it is the same way, bit for bit, up to there.
+        A step that could not be left out whole goes back to the checkpoint before it (or the run's beginning), and is
+        left out when the run comes there again.
         """
         config = self.config
         try:
             row = self._train_step()
         except HalfUpdatedError as error:
-            self._left_out[self.state.step] = str(error)
-            self._go_back(start)
+            self._go_back(error)
             return
-        if self.state.step <= self._told:
-            return
-        self._told = self.state.step
         self.tracking.log(row)
         self._refuse_divergence(row)
         if self.state.step % config.checkpointing_steps == 0:
@@ -145,19 +141,18 @@ class Trainer:
         if self.state.step % config.validation_steps == 0 and self.state.step < config.max_train_steps:
             self._validate()
 
-    def _go_back(self, start: Path | None) -> None:
-        """Take weights and states of the last checkpoint, of the run's start, or of the model itself."""
-        left_out = self.state.step
+    def _go_back(self, error: HalfUpdatedError) -> None:
+        """Weights, states and rows of the checkpoint that this run has come from, or of its beginning."""
         assert isinstance(self.state, StreamedState), "only it updates before all gradients are known"
-        saved = [*([start] if start else []), *checkpoints.list_checkpoints(self.output_dir)]
-        if saved:
-            self.state.restore(saved[-1])
+        step = self.state.step
+        self._left_out[step] = error.reason
+        if self._base is not None:
+            self.state.restore(self._base)
         else:
             self.state.begin_again()
+        self.tracking.rewind(self.state.step)
         self._skipped_in_a_row = 0
-        self.tracking.warn(
-            f"step {left_out}: {self._left_out[left_out]}; once more from step {self.state.step}, without this one"
-        )
+        self.tracking.warn(f"step {step}: {error}; once more from step {self.state.step}, without this one")
 
     def _train_step(self) -> dict[str, Any]:
         """One optimizer step over the global batch; returns its row of metrics.jsonl.
@@ -200,7 +195,7 @@ class Trainer:
         exceeded = self.ledger.exceeded()
         if exceeded and not self._exceeded:
             self._exceeded = True
-            self.tracking.warn(f"{exceeded[0]}; the limit is what `vram` says: lower it if memory runs short")
+            self.tracking.warn(exceeded[0])
         return self.ledger.row(self.state.step)
 
     def _gradients(self, seconds: dict[str, float], **how: Any) -> tuple[dict[str, Tensor], dict[str, float]]:
@@ -267,7 +262,9 @@ class Trainer:
     def _load(self, start: Path | None = None) -> None:
         """Everything that the run holds; the text encoders have come and gone when this returns."""
         config = self.config
-        self.planned = plan_of_run(config, resolve_device(config.device), start) if self._streams else None
+        if self._streams:
+            own = self._given_reward is not None
+            self.planned = plan_of_run(config, resolve_device(config.device), start, own_reward=own)
         validation = config.validation_prompts
         self.train_prompts = [prompt.text for prompt in load_prompts(config.train_prompts, key="train_prompts")]
         self.validation_prompts = load_prompts(validation, key="validation_prompts") if validation is not None else []
@@ -291,8 +288,7 @@ class Trainer:
         self.output_dir.mkdir(parents=True, exist_ok=True)
         checkpoints.clean(self.output_dir)
         save_config(self.config, self.output_dir)
-        self._told = read_state(start)["step"] if start else 0
-        self.tracking: Tracking = Tracking(self.config, self._told)
+        self.tracking: Tracking = Tracking(self.config, read_state(start)["step"] if start else 0)
         if self.planned:
             self.planned.save(self.output_dir)
             for note in self.planned.notes:
@@ -305,6 +301,7 @@ class Trainer:
         self.validation = Validation(*parts, self.tracking)
         self.before = self.validation.base()
         if start is not None:
+            self._base = start
             for warning in self.state.restore(start):
                 self.tracking.warn(warning)
 
@@ -314,7 +311,8 @@ class Trainer:
 
     def _save_checkpoint(self) -> Path:
         self.tracking.sync()
-        return self.state.save(self.output_dir)
+        self._base = self.state.save(self.output_dir)
+        return self._base
 
     def _interrupted(self) -> Outcome:
         saved = checkpoints.checkpoint_folder(self.output_dir, self.state.step)

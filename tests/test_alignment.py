@@ -501,7 +501,7 @@ def test_pairs_come_from_the_generator_or_a_fresh_one_seeded_0(linear_flow: Any)
         ({"noise": torch.zeros(2, 5, 4)}, "'pooled_projections' has 3 rows and noise has 2"),
         ({"noise": torch.zeros(0, 5, 4)}, "B >= 1"),
         ({"microbatch": 0}, "microbatch=0"),
-        ({"executor": "streamed"}, "executor='streamed'"),
+        ({"executor": "stream"}, "executor='stream'"),
         ({"reward": lambda x: x.sum()}, r"shape \(\) for 3 samples"),
         ({"reward": lambda x: x.detach().flatten(1).sum(1)}, "not differentiable"),
         ({"reward": lambda x: torch.ones(3, requires_grad=True)}, "not differentiable"),

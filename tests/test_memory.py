@@ -19,7 +19,8 @@ from leapalign.engine.streamed import StreamedModel
 from leapalign.engine.workload import Budget
 from leapalign.errors import UsageError
 from leapalign.memory import RunPlan, memory_error, plan_of_run
-from leapalign.planning import plan_run, workload_of
+from leapalign.pipeline import resolve_device
+from leapalign.planning import plan_run
 from leapalign.trainer import Trainer
 from tests.tiny_pipeline import ColourReward, save_tiny_pipeline, tiny_config
 
@@ -33,8 +34,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def planned(config: AlignConfig, monkeypatch: pytest.MonkeyPatch, plan: MemoryPlan) -> None:
     """Runs of this config get this plan."""
-    given = RunPlan(plan, Budget(), repr(workload_of(config)))
-    monkeypatch.setattr("leapalign.trainer.plan_of_run", lambda *_: given)
+    given = RunPlan(plan, Budget(), "")
+    monkeypatch.setattr("leapalign.trainer.plan_of_run", lambda *_, **__: given)
 
 
 # ---- obeyed --------------------------------------------------------------------------------------------------------
@@ -99,7 +100,7 @@ def test_a_resumed_run_keeps_its_plan_while_it_fits(
     assert plan_of_run(config, CPU, start).plan == odd
     other = config.model_copy(update={"train_batch_size": 2})
     assert plan_of_run(other, CPU, start).plan != odd, "planned for another batch"
-    monkeypatch.setattr(memory, "run_budget", lambda *_: (Budget(1, 1), []))
+    monkeypatch.setattr(memory, "run_budget", lambda *_, **__: (Budget(1, 1), []))
     found = plan_of_run(config, CPU, start)
     assert found.plan == plan_run(config, CPU)
     assert "another plan than before (microbatch 1 -> " in found.notes[0] and "up to rounding" in found.notes[0]
@@ -151,7 +152,8 @@ def test_a_budget_that_is_too_small_ends_before_anything_is_written(
     ("error", "parts"),
     [
         (torch.OutOfMemoryError("CUDA out of memory."), ["out of device memory", "checkpoint latest", "--vram "]),
-        (MemoryError("the host has no room"), ["out of host memory", "the host has no room", "--use_ema false"]),
+        (RuntimeError("cannot lock it: raise it, or pass pin=False for slower copies"), ["cannot lock", "raise it"]),
+        (MemoryError("the host has no room"), ["out of host memory", "no room", "--use_ema false or --clip block"]),
         (RuntimeError("[enforce] DefaultCPUAllocator: can't allocate"), ["out of host memory", "--train_batch_size"]),
     ],
 )  # fmt: skip
@@ -169,13 +171,38 @@ def test_out_of_memory_ends_with_the_setting_to_change(
         assert part in str(told.value)
     assert run.planned is not None
     if "--vram" in str(told.value):
-        given = str(told.value).rpartition("--vram ")[2]
+        given = str(told.value).rpartition("--vram ")[2].split()[0]
         assert 0 < Budget(given).device_bytes < run.planned.plan.peak_device_bytes
     assert "\n" not in str(told.value)
 
 
 def test_other_errors_and_other_executors(folder: Path, tmp_path: Path) -> None:
     config = tiny_config(folder, tmp_path / "run", executor="autograd")
-    assert memory_error(RuntimeError("shapes differ"), config, None, "again") is None
-    found = memory_error(torch.OutOfMemoryError("CUDA out of memory"), config, None, "again")
+    assert memory_error(RuntimeError("shapes differ"), config, None) is None
+    found = memory_error(torch.OutOfMemoryError("CUDA out of memory"), config, None)
     assert found is not None and "--executor streamed" in str(found)
+    found = memory_error(MemoryError("full"), config, None)
+    assert found is not None and "adamw8bit" not in str(found), "autograd has no such optimizer"
+
+
+@pytest.mark.parametrize(("vram", "fraction"), [(None, 1.0), ("9GiB", (9 - 0.625) / 16), ("99GiB", 1.0)])
+def test_the_allocator_is_held_to_what_the_config_gives(
+    vram: str | None, fraction: float, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch wants a device with an index here, which `resolve_device` gives."""
+    caps: list[tuple[float, int]] = []
+    total = type("Properties", (), {"total_memory": 16 * 2**30})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (15 * 2**30, 16 * 2**30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: total)
+    monkeypatch.setattr(torch.cuda.memory, "_lazy_init", lambda: None)
+    monkeypatch.setattr(torch._C, "_cuda_setMemoryFraction", lambda *cap: caps.append(cap), raising=False)
+    device = resolve_device("cuda")
+    found = plan_of_run(tiny_config(folder, tmp_path / "run", device="cuda", vram=vram), device, None)
+    ((cap, index),) = caps
+    assert index == 1
+    assert cap == pytest.approx(fraction if vram != "99GiB" else (15.25 * 0.97 - 0.625) / 16)
+    assert found.budget.device_bytes <= 15.25 * 2**30 * 0.97

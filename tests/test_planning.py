@@ -33,6 +33,8 @@ def small(*words):
 def machine(monkeypatch):
     """machine(device, host): so much memory is free."""
 
+    monkeypatch.setattr(planning, "SLACK", 0)
+
     def make(device, host):
         monkeypatch.setattr(planning, "device_available", lambda place: device if place.type == "cuda" else None)
         monkeypatch.setattr(planning, "host_available", lambda: host)
@@ -80,6 +82,13 @@ def test_on_a_cpu_both_kinds_of_memory_are_the_hosts(machine, words, free, expec
     assert (budget.vram, budget.ram) == expected
 
 
+def test_some_of_what_is_free_is_left(machine, monkeypatch):
+    machine(20 * GIB, 50 * GIB)
+    monkeypatch.setattr(planning, "SLACK", 0.25)
+    assert run_budget(small("--vram=8GiB"), CUDA)[0] == Budget(8 * GIB, int(37.5 * GIB)), "what is given is taken whole"
+    assert run_budget(small(), CUDA, slack=0)[0] == Budget(20 * GIB, 50 * GIB)
+
+
 # ---- plans ---------------------------------------------------------------------------------------------------------
 
 
@@ -88,7 +97,7 @@ def test_a_run_and_sampling_are_planned_within_the_budget(machine):
     config = small()
     budget, _ = run_budget(config, CPU)
     for sampling, last in ((False, "weight gradients"), (True, "reward")):
-        plan = plan_run(config, CPU, sampling=sampling)
+        plan = plan_run(config, CPU, workload=sampling_workload(config) if sampling else None)
         assert fits(plan, budget) and last in plan.phases[-1].name + plan.phases[-2].name
         assert MemoryPlan.from_dict(json.loads(json.dumps(plan.as_dict()))) == plan
         assert all("device: base" not in phase.breakdown for phase in plan.phases)  # no context on a CPU

@@ -520,3 +520,21 @@ def test_the_dictionary_keeps_what_it_is_given() -> None:
     passing.zero_()  # its memory is used for the next unit
     assert torch.equal(sink.grads["bias"], torch.ones(2))
     torch.testing.assert_close(sink.grads["weight"], left.T @ right, rtol=1e-14, atol=1e-14)
+
+
+def test_few_noise_levels_hoisted_at_once_give_the_same_latents(make_transformer: Any, make_inputs: Any) -> None:
+    noise, conditioning = make_inputs("flux-guidance", BATCH, torch.float64)
+    model = StreamedModel(make_transformer("flux-guidance", torch.float64), MemoryPlan(), device="cpu")
+    at_once = streamed_rollout(model, conditioning, noise, SIGMAS).trajectory
+    hoisted: list[int] = []
+    hoist = model.hoist
+
+    def counted(inputs: Any) -> Any:
+        hoisted.append(len(inputs["timestep"]))
+        return hoist(inputs)
+
+    model.hoist = counted  # type: ignore[method-assign]
+    few = streamed_rollout(model, conditioning, noise, SIGMAS, levels=2).trajectory
+    assert hoisted == [BATCH * min(2, len(SIGMAS) - 1 - first) for first in range(0, len(SIGMAS) - 1, 2)]
+    torch.testing.assert_close(few.latents, at_once.latents, rtol=1e-12, atol=1e-12)  # products of other row counts
+    model.close()

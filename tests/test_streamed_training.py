@@ -137,7 +137,7 @@ def test_same_bits_on_host_and_device_and_with_any_slots(
     found = []
     for place, slots in (("host", 2), ("device", 2), ("device", 3), ("host", 3)):
         with monkeypatch.context() as patch:
-            patch.setattr(memory, "plan_run", lambda *given, slots=slots: replace(plan_run(*given), slots=slots))
+            patch.setattr(memory, "plan_run", lambda *a, slots=slots, **k: replace(plan_run(*a, **k), slots=slots))
             changes = {"clip": clip, "streamed_mode": mode, "optimizer_device": place, "max_train_steps": 2}
             changes |= {"checkpointing_steps": 9, "train_batch_size": 2}
             run = trained(folder, tmp_path / f"{place}-{slots}", master="residual", **changes)

@@ -40,7 +40,7 @@ class LatentReward:
 
     def visit(self) -> AbstractContextManager[None]:
         """Inside the block VAE and reward model are on the device."""
-        return self.pipeline.visit(self.model)
+        return self.pipeline.visit(self.pipeline.vae, self.model)
 
     def select(self, rows: slice) -> LatentReward:
         """The reward of some rows of the batch, with their own prompts: VAE and reward then run by microbatch."""

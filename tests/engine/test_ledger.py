@@ -51,7 +51,8 @@ def test_the_most_of_several_phases_of_a_name_on_a_gpu(monkeypatch):
         with ledger.phase("rollout"):
             pass
     assert len(resets) == 3
-    assert ledger.exceeded() == ["rollout took 120B of device memory, 90B were planned"]
+    told = "rollout took 120B of device memory, 90B were planned: plan for less vram if it runs short"
+    assert ledger.exceeded() == [told]
     assert ledger.row(0)["memory"]["rollout"]["device_bytes"] == 120
 
 
