@@ -92,8 +92,14 @@ def _budget(config: AlignConfig, device: torch.device, slack: float | None = Non
 
 
 def machine_of(device: torch.device) -> Machine:
-    """Rates as assumed everywhere; without a GPU there is no context that takes memory."""
-    return Machine() if device.type == "cuda" else Machine(device_base_bytes=0)
+    """Rates as assumed everywhere. Those for a CPU order its plans and predict no times.
+
+    There no context takes memory, weights that stay are the store's own, and a copy takes the cores from the
+    arithmetic: so a call is cheap beside a copy, and what needs no copies comes first.
+    """
+    if device.type == "cuda":
+        return Machine()
+    return Machine(device_base_bytes=0, seconds_per_call=1e-5, h2d_bytes_per_s=5e9, d2h_bytes_per_s=5e9)
 
 
 def planner_of(config: AlignConfig, workload: Workload, machine: Machine) -> Planner:
