@@ -24,26 +24,16 @@ from __future__ import annotations
 
 import functools
 import math
-import os
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from leapalign.kernels.adamw8bit import AVERAGE_STREAM, Hyper
 from leapalign.kernels.compilation import Compilation
+from leapalign.kernels.dispatch import jit, tl, triton
 from leapalign.kernels.quantize import BLOCK, boundaries, signed_map, unsigned_map
 from leapalign.kernels.rounding import DRAWS_PER_BLOCK, WORD
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # there is none for macOS and Windows
-    triton = None
-
-jit: Any = triton.jit if triton is not None else lambda function=None, **_: function or (lambda kernel: kernel)
-INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"  # triton, too, decides when imported
 
 BLOCKS = 8  # a program's tile: with 128 threads 16 elements each, so that a load of codes has 16 bytes
 WARPS = 4

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from leapalign.kernels import adamw8bit, adamw8bit_kernel
 from leapalign.kernels.adamw8bit import AVERAGE_STREAM, Hyper
+from leapalign.kernels.dispatch import reaches
 from leapalign.kernels.quantize import BLOCK, blocks_of
 from leapalign.kernels.rounding import check_stream
 
@@ -101,7 +102,7 @@ def _step(
     hp, seed = Hyper(lr, beta1, beta2, eps, weight_decay, step), seed % 2**64
     if weights.numel() == 0:
         return
-    if adamw8bit_kernel.triton is not None and (weights.is_cuda or adamw8bit_kernel.INTERPRETED):
+    if reaches(weights):
         moments = (codes_m, absmax_m, codes_v, absmax_v)
         adamw8bit_kernel.launch(
             *(weights, gradient, left, right, *moments, residual, master, ema, guard),

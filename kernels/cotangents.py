@@ -16,21 +16,13 @@ cotangents 10. Torch's eager operations, from g and u to two bfloat16 cotangents
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from leapalign.kernels.compilation import Compilation
+from leapalign.kernels.dispatch import jit, tl, triton
 from leapalign.kernels.leap import accumulated, per_sample, rows, runs_triton
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # there is none for macOS
-    triton = tl = None
-
-jit: Any = (lambda function: function) if triton is None else triton.jit
 
 TILE = 1024  # elements of a program: two 16-byte accesses to float32 and one to bfloat16 in each of 128 threads
 
@@ -125,6 +117,7 @@ def cotangents_kernel(
     alpha: tl.tensor,
     TILE: tl.constexpr,
 ) -> None:
+    """A tile of one sample: both legs' cotangents and the gradient that arrives at x_j, as far as they are wanted."""
     program = tl.program_id(0)
     sample = (program // tiles).to(tl.int64)
     at = program % tiles * TILE + tl.arange(0, TILE)

@@ -6,18 +6,11 @@ programs: a tile is HEADS heads of one token, eight numbers for every thread, so
 
 from __future__ import annotations
 
-import os
-
 import torch
 from torch import Tensor
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # no Triton for this platform: the reference everywhere
-    triton = None
+from leapalign.kernels.dispatch import reaches, tl, triton
 
-INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
 HEADS = 8  # of a tile: the 24 heads of FLUX and SD3.5-medium are three tiles, none of them padded
 WIDEST = 1024  # largest head_dim: 32 warps a tile
 
@@ -68,12 +61,7 @@ if triton is not None:
 
 def runs_triton(q: Tensor) -> bool:
     """Whether the kernels take it: float32 and bfloat16 on a GPU, or anywhere under the interpreter."""
-    return (
-        triton is not None
-        and (q.is_cuda or INTERPRETED)
-        and q.dtype in (torch.float32, torch.bfloat16)
-        and q.shape[-1] <= WIDEST
-    )
+    return reaches(q) and q.dtype in (torch.float32, torch.bfloat16) and q.shape[-1] <= WIDEST
 
 
 def tiling(heads: int, dim: int) -> tuple[dict[str, int], int, int]:
@@ -96,6 +84,7 @@ def addressed(q: Tensor | None, k: Tensor | None) -> tuple[Tensor | None, Tensor
 
 
 def contiguous(x: Tensor | None) -> Tensor | None:
+    """x, copied if its memory has gaps or another order."""
     return None if x is None else x.contiguous()
 
 

@@ -21,7 +21,6 @@ The partials are 8 bytes in TILE elements. One leg alone (`leap_distance`): 12 r
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from itertools import product
 from typing import Any, NamedTuple
@@ -30,16 +29,8 @@ import torch
 from torch import Tensor
 
 from leapalign.kernels.compilation import Compilation
+from leapalign.kernels.dispatch import jit, reaches, tl, triton
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # there is none for macOS
-    triton = tl = None
-
-jit: Any = (lambda function: function) if triton is None else triton.jit
-
-INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
 TILE = 1024  # elements of a program: two 16-byte accesses to float32 and one to bfloat16 in each of 128 threads
 PARTIALS = 1024  # partial sums that the second stage reads at once
 
@@ -155,6 +146,7 @@ def leap_kernel(
     tiles: tl.tensor,  # ceil(N / TILE)
     TILE: tl.constexpr,
 ) -> None:
+    """A tile of one sample: both predictions, and the sums of their distances."""
     program = tl.program_id(0)
     sample = (program // tiles).to(tl.int64)
     at = program % tiles * TILE + tl.arange(0, TILE)
@@ -189,6 +181,7 @@ def weights_kernel(
     tau: tl.tensor,
     BLOCK: tl.constexpr,
 ) -> None:
+    """A sample's sums over its tiles, in order, and its similarity weight."""
     sample = tl.program_id(0).to(tl.int64)
     first = partials_ptr + sample * tiles
     second = first + tl.num_programs(0).to(tl.int64) * tiles
@@ -211,11 +204,7 @@ def weights_kernel(
 
 def runs_triton(*tensors: Tensor) -> bool:
     """Whether the kernels take these: float32 and bfloat16 on a GPU, or anywhere under the interpreter."""
-    return (
-        triton is not None
-        and (tensors[0].is_cuda or INTERPRETED)
-        and all(tensor.dtype in (torch.float32, torch.bfloat16) for tensor in tensors)
-    )
+    return reaches(tensors[0]) and all(tensor.dtype in (torch.float32, torch.bfloat16) for tensor in tensors)
 
 
 def rows(x: Tensor) -> Tensor:

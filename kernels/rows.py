@@ -13,7 +13,6 @@ at 4608 tokens. What one sample writes is small enough (3 MiB a vector of 3072) 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,15 +20,7 @@ import torch
 from torch import Tensor
 
 from leapalign.kernels.compilation import Compilation
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # there is none for macOS
-    triton = tl = None
-
-jit: Any = (lambda function: function) if triton is None else triton.jit
-INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"  # triton, too, decides when imported
+from leapalign.kernels.dispatch import jit, reaches, tl, triton
 
 LONGEST_ROW = 8192  # features, 16 a thread of the largest program; a longer row takes the reference
 FORWARD_ROWS = 4  # of a program of a forward, which loads the sample's vectors once for them
@@ -57,8 +48,7 @@ def check_rows(x: Tensor, rows: dict[str, Tensor], vectors: dict[str, Tensor]) -
 
 def runs_triton(x: Tensor) -> bool:
     """Whether the kernels take rows like x's; else the reference does."""
-    there = INTERPRETED or (triton is not None and x.is_cuda)
-    return there and x.dtype in (torch.bfloat16, torch.float32) and x.shape[-1] <= LONGEST_ROW
+    return reaches(x) and x.dtype in (torch.bfloat16, torch.float32) and x.shape[-1] <= LONGEST_ROW
 
 
 def with_rows(x: Tensor) -> Tensor:

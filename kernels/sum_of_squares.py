@@ -17,23 +17,13 @@ Bytes an element: 2 (bf16) or 4 read, and 8/8192 written and read.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from leapalign.kernels.compilation import Compilation
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # there is none for macOS and Windows
-    triton = None
-
-jit: Any = triton.jit if triton is not None else lambda function=None, **_: function or (lambda kernel: kernel)
-INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"  # triton, too, decides when imported
+from leapalign.kernels.dispatch import jit, reaches, tl, triton
 
 LANES = 1024  # 8 a thread: 16 bytes of bf16
 TURNS = 8
@@ -107,7 +97,7 @@ def _launch(x: Tensor) -> Tensor:
 
 @torch.library.custom_op("leapalign::sum_of_squares", mutates_args=())
 def _sum_of_squares(x: Tensor) -> Tensor:
-    if x.numel() and triton is not None and (x.is_cuda or INTERPRETED):
+    if x.numel() and reaches(x):
         return _launch(x)
     return _in_torch(x)
 

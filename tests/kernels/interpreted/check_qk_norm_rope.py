@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 
 from leapalign.kernels import heads, qk_norm_rope_backward
-from leapalign.kernels.heads import INTERPRETED, inverse_rms, rotate, rows
+from leapalign.kernels.dispatch import INTERPRETED
+from leapalign.kernels.heads import inverse_rms, rotate, rows
 from leapalign.kernels.qk_norm_rope import forward_reference, qk_norm_rope
 
 U = 2.0**-24
