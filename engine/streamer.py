@@ -304,7 +304,11 @@ class Streamer:
 
 
 class WorkerThread(Queue):
-    """A queue in a host thread: what a stream is to the GPU. Its marks count what has been issued."""
+    """A queue in a host thread: what a stream is to the GPU. Its marks count what has been issued.
+
+    The thread copies alone. With a pool of OpenMP's beside the caller's there would be more threads than cores, and
+    OpenMP then sleeps and wakes at every operator of either instead of spinning: twice the time for small ones.
+    """
 
     def __init__(self, name: str, delay: Delay | None = None) -> None:
         self._name = name
@@ -314,8 +318,12 @@ class WorkerThread(Queue):
         self._finished = 0
         self._error: BaseException | None = None
         self._progress = threading.Condition()
+        self._started = threading.Event()
         self._thread = threading.Thread(target=self._work, name=f"streamer-{name}", daemon=True)
+        threads = torch.get_num_threads()
         self._thread.start()
+        self._started.wait()
+        torch.set_num_threads(threads)  # the caller's again, and the one of threads to come
 
     def run(self, job: Callable[[], object]) -> None:
         """Issue any work."""
@@ -357,6 +365,9 @@ class WorkerThread(Queue):
 
     @torch.inference_mode()  # the caller's views may have been taken in it; plain tensors are counted as ever
     def _work(self) -> None:
+        torch.set_num_threads(1)  # of this thread, and of any that has not asked yet: see __init__
+        torch.get_num_threads()  # asking makes it last
+        self._started.set()
         while (job := self._jobs.get()) is not None:
             try:
                 if self._error is None:
