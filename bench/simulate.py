@@ -91,6 +91,7 @@ class Workload:
             microbatch=microbatch,
             mode=self.mode,
             dtype=self.dtype,
+            kernels="triton" if self.plan.kernels == "triton" else "torch",
             optimizer="gradients",
         )
 
@@ -128,7 +129,8 @@ def simulate(workload: Workload) -> Simulated:
         parameters = sum(parameter.numel() for parameter in transformer.parameters())
         counter = DeviceCounter()
         # Not observed: its templates' parameters, placeholders on meta that no operator ever sees.
-        backbone = backbone_of(transformer, hoist=workload.plan.hoist, device=torch.device("meta"))
+        plan = workload.plan
+        backbone = backbone_of(transformer, hoist=plan.hoist, device=torch.device("meta"), kernels=plan.kernels)
         conditioning = _conditioning(workload, "cpu")
         noise, sigmas = torch.empty(_shape(workload)), torch.empty(workload.steps + 1)
         steps = _steps(workload)

@@ -118,6 +118,18 @@ _GIVEN: dict[str, tuple[type[_GivenModulation], int]] = {
 }
 
 
+def modulation_vectors(norm: Any, condition: Tensor) -> tuple[Tensor, ...]:
+    """(B, D) each: the vectors of an adaLN norm, hoisted or not, in the order of its linear's rows.
+
+    Args:
+        norm: of a class that can be hoisted, or its replacement.
+        condition: (B, width) for a replacement, else (B, D) temb.
+    """
+    if isinstance(norm, _GivenModulation):
+        return norm.vectors(condition)
+    return norm.linear(norm.silu(condition)).chunk(_GIVEN[type(norm).__name__][1], dim=1)
+
+
 def hoist_modulation(block: nn.Module, norms: Sequence[str]) -> tuple[str, ...]:
     """Replace these adaLN norms of a template block by ones that take their columns of a given `condition`.
 

@@ -46,7 +46,7 @@ class PhaseCost:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Decisions that the engine takes from here and from nowhere else. None of them changes the result.
+    """Decisions that the engine takes from here and from nowhere else. None changes the result by more than rounding.
 
     `plan_memory` (engine/planner.py) makes one for a budget, with predictions; made by hand it has none.
 
@@ -67,6 +67,7 @@ class MemoryPlan:
         reward_residency: "off" takes the resident weights off the device while the reward runs.
         reward_microbatch: pictures that the reward evaluates at once.
         checkpoint_reward: the reward recomputes its decoder's blocks in backward.
+        kernels: whether blocks run on the fused kernels, and attention: on which backend; see `backbone_of`.
         phases: predictions, in order; empty if nobody made any.
 
     Raises:
@@ -85,6 +86,8 @@ class MemoryPlan:
     reward_residency: Literal["on", "off"] = "on"
     reward_microbatch: int = 1
     checkpoint_reward: bool = False
+    kernels: Literal["auto", "triton", "torch"] = "auto"
+    attention: Literal["auto", "native", "cudnn", "flash", "xformers"] = "auto"
     phases: tuple[PhaseCost, ...] = ()
 
     def __post_init__(self) -> None:
@@ -102,6 +105,8 @@ class MemoryPlan:
             ("mode", ("paired", "held")),
             ("optimizer_on", ("host", "device")),
             ("reward_residency", ("on", "off")),
+            ("kernels", ("auto", "triton", "torch")),
+            ("attention", ("auto", "native", "cudnn", "flash", "xformers")),
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r}: choose {' or '.join(map(repr, choices))}")

@@ -112,7 +112,7 @@ class Planner:
         if isinstance(model, Mapping | Path | str):
             model = meta_transformer(model, workload.dtype)
         if isinstance(model, nn.Module):
-            model = backbone_of(model, hoist=hoist, device=torch.device("meta"))
+            model = backbone_of(model, hoist=hoist, device=torch.device("meta"), kernels=workload.kernels)
         self.costs = StageCosts(model, workload)
 
     def plan(self, budget: Budget) -> MemoryPlan:
@@ -186,6 +186,8 @@ class Planner:
                 mode=mode,
                 keep_block_inputs=keep,
                 optimizer_on=place,
+                kernels=workload.kernels,
+                attention=workload.attention,
             )
 
     # ---- refusals --------------------------------------------------------------------------------------------------

@@ -91,7 +91,9 @@ class StreamedModel(Wrapper):
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         plan = plan or MemoryPlan()
         if isinstance(transformer, nn.Module):
-            backbone = backbone_of(transformer, hoist=plan.hoist, device=device)
+            backbone = backbone_of(
+                transformer, hoist=plan.hoist, device=device, kernels=plan.kernels, attention=plan.attention
+            )
         else:
             backbone, device = transformer, transformer.device
         module = backbone.module

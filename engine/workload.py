@@ -77,6 +77,7 @@ class Workload:
         microbatch: rows at once, of the model and of the reward; fixed by the user, or None: the planner chooses.
         mode, optimizer_on: in the same way.
         dtype: of the weights.
+        kernels, attention: as for `backbone_of`; a plan for a GPU is made with "triton" on whatever machine.
         optimizer: "adamw8bit"; "adamw", whose gradients, moments and average are float32 on the host; "gradients":
             none, the float32 gradients stay on the host.
         clip: "global" holds the gradients of all weights on the host.
@@ -100,6 +101,8 @@ class Workload:
     mode: Literal["paired", "held"] | None = None
     optimizer_on: Literal["host", "device"] | None = None
     dtype: torch.dtype = torch.bfloat16
+    kernels: Literal["triton", "torch"] = "torch"
+    attention: Literal["auto", "native", "cudnn", "flash", "xformers"] = "auto"
     optimizer: Literal["adamw8bit", "adamw", "gradients"] = "adamw8bit"
     clip: Literal["global", "block", "none"] = "block"
     master: Literal["stochastic", "residual", "float32"] = "stochastic"

@@ -55,6 +55,10 @@ class ModelKeys(_Section):
     """Host memory that a streamed run may take, e.g. 64GiB; null: all that is free (for `leapalign plan`: any)."""
     streamed_mode: Literal["paired", "held"] | None = None
     """How streamed uses a weight twice: paired runs the later leap once more; held keeps its gradients on the host."""
+    kernels: Literal["auto", "triton", "torch"] = "auto"
+    """Fused Triton kernels in blocks and optimizer (executor streamed): auto takes them on a GPU, torch none."""
+    attention: Literal["auto", "native", "cudnn", "flash", "xformers"] = "auto"
+    """Attention: native is torch's, as is auto; cudnn, flash (flash-attn) and xformers need bf16 weights on a GPU."""
 
 
 class DataKeys(_Section):
@@ -242,6 +246,11 @@ class AlignConfig(ValidationKeys, OutputKeys, OptimizerKeys, MethodKeys, DataKey
                         f"{key} = {value} has no effect with executor = {self.executor}; "
                         f"use executor streamed, or leave {key} out"
                     )
+            if self.kernels == "triton":
+                raise ValueError(
+                    f"kernels = triton has no effect with executor = {self.executor}; "
+                    "use executor streamed, or leave kernels out"
+                )
         self._optimizer_fits()
         if self.lr_warmup_steps and self.lr_scheduler == "constant":
             raise ValueError(

@@ -15,12 +15,13 @@ from leapalign.engine.planner import fits
 from leapalign.engine.sizes import spell_bytes
 from leapalign.engine.workload import DEVICE_BASE, Budget
 from leapalign.errors import UsageError
+from leapalign.kernels.dispatch import reaches_device
 from leapalign.keys import AlignConfig
 from leapalign.planning import plan_run, run_budget, workload_of
 
 PLAN_FILE = "plan.json"
 # decisions that change the order of sums, and so the last bits
-ROUNDING = ("mode", "microbatch", "reward_microbatch", "keep_block_inputs")
+ROUNDING = ("mode", "microbatch", "reward_microbatch", "keep_block_inputs", "kernels", "attention")
 LESS = 0.9  # of what was planned: the budget to go on with after memory ran out
 
 
@@ -60,7 +61,7 @@ def plan_of_run(config: AlignConfig, device: torch.device, start: Path | None, *
     budget, notes = run_budget(config, device)
     if device.type == "cuda":
         _cap(device, budget.device_bytes if config.vram is not None else math.inf)
-    wanted = workload_of(config, own_reward=own_reward)
+    wanted = workload_of(config, device, own_reward=own_reward)
     workload = f"{device.type}: {wanted}"
     before = _read((start.parent if start else Path(config.output_dir)) / PLAN_FILE)
     if before and before.workload == workload and fits(before.plan, run_budget(config, device, slack=0)[0]):
@@ -69,6 +70,8 @@ def plan_of_run(config: AlignConfig, device: torch.device, start: Path | None, *
         plan = plan_run(config, device, workload=wanted)
         if before and start and (changes := _changes(before.plan, plan)):
             notes.append(f"another plan than before ({changes}): the run goes on with the same values up to rounding")
+    if plan.kernels == "triton" and not reaches_device(device):
+        notes.append(f"kernels = triton: Triton does not compute on {device}; its operators' references in torch run")
     if own_reward:
         notes.append("the memory of a reward of your own is not in the plan: leave room for it with vram")
     return RunPlan(plan, budget, workload, [*notes, _in_words(plan, budget)])

@@ -186,6 +186,7 @@ def load_pipeline(
     vae_dtype: torch.dtype = torch.float32,
     plan: MemoryPlan | None = None,
     weight_dtype: torch.dtype = torch.float32,
+    attention: str = "auto",
 ) -> FlowPipeline:
     """Load transformer, VAE and scheduler of a FLUX pipeline; the text encoders stay on the disk.
 
@@ -200,11 +201,14 @@ def load_pipeline(
         plan: makes the transformer a StreamedModel with its weights in host memory; `device` is where it computes, and
             the VAE waits on the host.
         weight_dtype: of a StreamedModel's weights, which it computes in.
+        attention: of a transformer that is not streamed, see `leapalign.engine.backbones.backbone_of`.
 
     Raises:
         UsageError: the model does not exist or cannot be loaded.
     """
     from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
+
+    from leapalign.engine.backbones.attention import set_attention
 
     source = resolve_model(name)
     try:
@@ -224,6 +228,7 @@ def load_pipeline(
     if plan is None:
         _own_memory(model)
         model.to(device)
+        set_attention(model, attention, torch.device(device))
         vae.to(device)
     elif plan.checkpoint_reward:
         vae.enable_gradient_checkpointing()
@@ -249,18 +254,28 @@ def configured_pipeline(
     Raises:
         UsageError: as `load_pipeline`, or memory in which no plan fits.
     """
+    from leapalign.engine.backbones.attention import check_attention
+    from leapalign.kernels.dispatch import allow
+
     device = resolve_device(config.device)
+    dtype = torch.bfloat16 if config.weight_dtype == "bf16" else torch.float32
+    try:
+        check_attention(config.attention, device, torch.bfloat16 if config.mixed_precision == "bf16" else dtype)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    allow(config.kernels != "torch")
     if config.executor == "streamed" and plan is None:
         from leapalign.planning import plan_run, sampling_workload
 
-        plan = plan_run(config, device, workload=sampling_workload(config, scored=scored))
+        plan = plan_run(config, device, workload=sampling_workload(config, device, scored=scored))
     return load_pipeline(
         config.pretrained_model_name_or_path,
         device=device,
         transformer=transformer,
         mixed_precision=config.mixed_precision,
         plan=plan,
-        weight_dtype=torch.bfloat16 if config.weight_dtype == "bf16" else torch.float32,
+        weight_dtype=dtype,
+        attention=config.attention,
     )
 
 

@@ -86,6 +86,7 @@ def _decisions(plan: MemoryPlan) -> dict[str, Any]:
         "block inputs": inputs + (" (kept from the rollout)" if plan.keep_block_inputs else " (computed again)"),
         "optimizer": f"on the {plan.optimizer_on}",
         "reward": reward + (", VAE recomputed in backward" if plan.checkpoint_reward else ""),
+        "kernels": f"{plan.kernels}, attention {plan.attention}",
     }
 
 

@@ -6,7 +6,7 @@ import functools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -17,6 +17,7 @@ from leapalign.engine.planner import BudgetError, Planner
 from leapalign.engine.sizes import parse_bytes, spell_bytes
 from leapalign.engine.workload import Budget, Machine, Workload
 from leapalign.errors import UsageError
+from leapalign.kernels.dispatch import reaches_device, triton
 from leapalign.reward_loads import reward_loads
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def plan_run(
     Raises:
         UsageError: nothing fits, or the models' shapes are not known.
     """
-    found = planner_of(config, workload or workload_of(config), machine_of(device))
+    found = planner_of(config, workload or workload_of(config, device), machine_of(device))
     given = _budget(config, device) if budget is None else _Given(budget, {}, [])
     try:
         return found.plan(given.budget)
@@ -112,10 +113,11 @@ def _planner(transformer: str, workload: Workload, machine: Machine) -> Planner:
     return Planner(json.loads(transformer), workload, machine)
 
 
-def workload_of(config: AlignConfig, *, own_reward: bool = False) -> Workload:
+def workload_of(config: AlignConfig, device: torch.device | None = None, *, own_reward: bool = False) -> Workload:
     """One optimizer step of this config; microbatch, streamed_mode and optimizer_device may be the planner's to choose.
 
     Args:
+        device: that the run computes on, which says what kernels "auto" means; None: some GPU, of another machine.
         own_reward: another reward than the config's is used, of which nothing is known: the VAE alone is counted.
 
     Raises:
@@ -123,6 +125,7 @@ def workload_of(config: AlignConfig, *, own_reward: bool = False) -> Workload:
     """
     return _workload(
         config,
+        device,
         num_inference_steps=config.num_inference_steps,
         nested=config.alpha > 0,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
@@ -136,14 +139,18 @@ def workload_of(config: AlignConfig, *, own_reward: bool = False) -> Workload:
     )
 
 
-def sampling_workload(config: AlignConfig, *, scored: bool = True) -> Workload:
+def sampling_workload(config: AlignConfig, device: torch.device | None = None, *, scored: bool = True) -> Workload:
     """One batch of `train_batch_size` pictures, drawn, decoded and perhaps scored without gradients.
+
+    Args:
+        device: as for `workload_of`.
 
     Raises:
         UsageError: as `workload_of`.
     """
     return _workload(
         config,
+        device,
         num_inference_steps=config.validation_inference_steps,
         legs=0,
         rewards=reward_loads(config if scored else _without_reward(config), gradients=False),
@@ -155,7 +162,7 @@ def _without_reward(config: AlignConfig) -> AlignConfig:
     return config.model_copy(update={"reward": "shapes", "reward_model_name_or_path": None})
 
 
-def _workload(config: AlignConfig, **more: Any) -> Workload:
+def _workload(config: AlignConfig, device: torch.device | None, **more: Any) -> Workload:
     if config.executor != "streamed":
         raise UsageError(
             f"executor = {config.executor} has no memory plan: it keeps everything on the device; use executor streamed"
@@ -170,8 +177,23 @@ def _workload(config: AlignConfig, **more: Any) -> Workload:
         text_tokens=text_tokens,
         microbatch=config.microbatch,
         dtype=torch.bfloat16 if config.weight_dtype == "bf16" else torch.float32,
+        kernels=kernels_of(config, device),
+        attention=config.attention,
         **more,
     )
+
+
+def kernels_of(config: AlignConfig, device: torch.device | None) -> Literal["triton", "torch"]:
+    """The kernels of a run; "auto" is Triton where it reaches the device (None: a GPU of another machine).
+
+    Raises:
+        UsageError: Triton is asked for on a GPU, and not installed. On a CPU its operators' references in torch run.
+    """
+    if config.kernels == "torch" or (config.kernels == "auto" and device and not reaches_device(device)):
+        return "torch"
+    if device is not None and device.type == "cuda" and triton is None:
+        raise UsageError("kernels = triton, but Triton is not installed; pip install triton, or use kernels torch")
+    return "triton"
 
 
 # ---- refusals ------------------------------------------------------------------------------------------------------

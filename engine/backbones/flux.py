@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from leapalign.engine.backbones.attention import set_attention, set_processors
+from leapalign.engine.backbones.fused import joint_block, modulated_output, runs_fused, single_block
 from leapalign.engine.backbones.stage import (
     Part,
     Stage,
@@ -33,13 +36,20 @@ class FluxBackbone:
         module: FluxTransformer2DModel; not modified.
         hoist: whether blocks and head take ready modulation vectors instead of temb.
         device: where the stages run.
+        kernels, attention: see `backbone_of`.
     """
 
-    def __init__(self, module: nn.Module, *, hoist: bool, device: torch.device) -> None:
+    def __init__(
+        self, module: nn.Module, *, hoist: bool, device: torch.device, kernels: str = "torch", attention: str = "auto"
+    ) -> None:
         self.module, self.device = module, device
         self.timestep_scale: float | None = timestep_scale(module)
         shell: Any = template(module, device)
         names = full_names(shell)
+        self.fused = runs_fused(kernels, shell, device)
+        if self.fused:
+            set_processors(shell, fused=True, text_first=True)
+        set_attention(shell, attention, device)
         self._pos_embed = shell.pos_embed
         self._guidance = hasattr(shell.time_text_embed, "guidance_embedder")
         guidance = ("guidance",) if self._guidance else ()
@@ -52,13 +62,13 @@ class FluxBackbone:
         blocks = [(f"transformer_blocks.{i}", block) for i, block in enumerate(shell.transformer_blocks)]
         blocks += [(f"single_transformer_blocks.{i}", block) for i, block in enumerate(shell.single_transformer_blocks)]
         self.blocks = tuple(
-            _block_stage(name, block, names, hoist=hoist, last=index + 1 == len(blocks))
+            _block_stage(name, block, names, hoist=hoist, last=index + 1 == len(blocks), fused=self.fused)
             for index, (name, block) in enumerate(blocks)
         )
         modulation = hoist_modulation(shell, ("norm_out",)) if hoist else ()
-        self.head = Part({"norm_out": shell.norm_out, "proj_out": shell.proj_out}, _head, names).stage(
-            "head", modulation
-        )
+        self.head = Part(
+            {"norm_out": shell.norm_out, "proj_out": shell.proj_out}, partial(_head, self.fused), names
+        ).stage("head", modulation)
         check_covered(self)
 
     def check_inputs(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -104,23 +114,29 @@ def _stem(embedders: Any, inputs: Mapping[str, Any]) -> tuple[Tensor, ...]:
     )
 
 
-def _block_stage(name: str, block: nn.Module, names: Mapping[int, str], *, hoist: bool, last: bool) -> Stage:
+def _block_stage(
+    name: str, block: nn.Module, names: Mapping[int, str], *, hoist: bool, last: bool, fused: bool
+) -> Stage:
     norms = ("norm1", "norm1_context") if hasattr(block, "norm1") else ("norm",)
     modulation = hoist_modulation(block, norms) if hoist else ()
+    fused_block = joint_block if len(norms) == 2 else single_block
 
     def compute(block: Any, carried: tuple[Tensor, ...], condition: Tensor, rope: tuple[Tensor, Tensor]) -> Any:
-        hidden_states, encoder_hidden_states = carried
-        encoder_hidden_states, hidden_states = block(
-            hidden_states=hidden_states,
-            encoder_hidden_states=encoder_hidden_states,
-            temb=condition,
-            image_rotary_emb=rope,
-        )
-        return (hidden_states,) if last else (hidden_states, encoder_hidden_states)
+        if fused:
+            text, image = fused_block(block, carried[0], carried[1], condition, rope)
+        else:
+            hidden, context = carried
+            text, image = block(
+                hidden_states=hidden, encoder_hidden_states=context, temb=condition, image_rotary_emb=rope
+            )
+        return (image,) if last else (image, text)
 
     return Part(block, compute, names).stage(name, tuple(f"{name}.{linear}" for linear in modulation))
 
 
-def _head(modules: Any, carried: tuple[Tensor, ...], condition: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    output: Tensor = modules["proj_out"](modules["norm_out"](carried[0], condition))
+def _head(
+    fused: bool, modules: Any, carried: tuple[Tensor, ...], condition: Tensor, rope: tuple[Tensor, Tensor]
+) -> Tensor:
+    norm = partial(modulated_output, modules["norm_out"]) if fused else modules["norm_out"]
+    output: Tensor = modules["proj_out"](norm(carried[0], condition))
     return output

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from leapalign.engine.backbones.attention import set_attention, set_processors
+from leapalign.engine.backbones.fused import joint_block, modulated_output, runs_fused
 from leapalign.engine.backbones.stage import (
     Part,
     Stage,
@@ -33,15 +36,22 @@ class SD3Backbone:
         module: SD3Transformer2DModel; not modified.
         hoist: whether blocks and head take ready modulation vectors instead of temb.
         device: where the stages run.
+        kernels, attention: see `backbone_of`.
     """
 
     condition_inputs: tuple[str, ...] = ("timestep", "pooled_projections")
 
-    def __init__(self, module: nn.Module, *, hoist: bool, device: torch.device) -> None:
+    def __init__(
+        self, module: nn.Module, *, hoist: bool, device: torch.device, kernels: str = "torch", attention: str = "auto"
+    ) -> None:
         self.module, self.device = module, device
         self.timestep_scale: float | None = timestep_scale(module)
         shell: Any = template(module, device)
         names = full_names(shell)
+        self.fused = runs_fused(kernels, shell, device)
+        if self.fused or attention not in ("auto", "native"):  # SD3's own processor knows no backends
+            set_processors(shell, fused=self.fused, text_first=False)
+        set_attention(shell, attention, device)
         patch, channels = int(shell.config.patch_size), int(shell.out_channels)
 
         self.condition: Stage | None = Part(shell.time_text_embed, _condition, names).stage("condition")
@@ -49,13 +59,16 @@ class SD3Backbone:
         self.stem = Part(embedders, _stem, names).stage("stem")
         count = len(shell.transformer_blocks)
         self.blocks = tuple(
-            _block_stage(f"transformer_blocks.{index}", block, names, hoist=hoist, last=index + 1 == count)
+            _block_stage(
+                f"transformer_blocks.{index}", block, names, hoist=hoist, last=index + 1 == count, fused=self.fused
+            )
             for index, block in enumerate(shell.transformer_blocks)
         )
         modulation = hoist_modulation(shell, ("norm_out",)) if hoist else ()
 
         def head(modules: Any, carried: tuple[Tensor, ...], condition: Tensor, size: tuple[int, int]) -> Tensor:
-            patches = modules["proj_out"](modules["norm_out"](carried[0], condition))
+            norm = partial(modulated_output, modules["norm_out"]) if self.fused else modules["norm_out"]
+            patches = modules["proj_out"](norm(carried[0], condition))
             return _unpatchify(patches, size, patch, channels)
 
         self.head = Part({"norm_out": shell.norm_out, "proj_out": shell.proj_out}, head, names).stage(
@@ -87,15 +100,17 @@ def _stem(embedders: Any, inputs: Mapping[str, Any]) -> tuple[Tensor, ...]:
     return patches, embedders["context_embedder"](inputs["encoder_hidden_states"])
 
 
-def _block_stage(name: str, block: nn.Module, names: Mapping[int, str], *, hoist: bool, last: bool) -> Stage:
+def _block_stage(
+    name: str, block: nn.Module, names: Mapping[int, str], *, hoist: bool, last: bool, fused: bool
+) -> Stage:
     modulation = hoist_modulation(block, ("norm1", "norm1_context")) if hoist else ()
 
     def compute(block: Any, carried: tuple[Tensor, ...], condition: Tensor, size: tuple[int, int]) -> Any:
-        hidden_states, encoder_hidden_states = carried
-        encoder_hidden_states, hidden_states = block(
-            hidden_states=hidden_states, encoder_hidden_states=encoder_hidden_states, temb=condition
-        )
-        return (hidden_states,) if last else (hidden_states, encoder_hidden_states)
+        if fused:
+            text, image = joint_block(block, carried[0], carried[1], condition)
+        else:
+            text, image = block(hidden_states=carried[0], encoder_hidden_states=carried[1], temb=condition)
+        return (image,) if last else (image, text)
 
     return Part(block, compute, names).stage(name, tuple(f"{name}.{linear}" for linear in modulation))
 
