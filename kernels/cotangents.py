@@ -85,6 +85,28 @@ def cotangent_and_carry(
     return c_k, y
 
 
+@torch.no_grad()
+def leg_cotangent(
+    y: Tensor, u: Tensor | None, alpha: float, coefficient: Tensor, *, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """(c, y + alpha u) of any method's leg, where c = coefficient (y + alpha u) is its cotangent: (B, ...) each.
+
+    Args:
+        y: (B, ...) gradient that arrived at the leg before.
+        u: (B, ...) that leg's input gradient, or None: it passes nothing on.
+        coefficient: (B,); -j for the last of LeapAlign's leaps, -(k - j) for the one before.
+        dtype: of c; None for y's.
+
+    Raises:
+        ValueError: shapes that do not fit each other.
+    """
+    _check(y, u, (coefficient,))
+    _, c, y = torch.ops.leapalign.cotangents(
+        y, u, alpha, -coefficient, torch.zeros_like(coefficient), dtype or y.dtype, False, True
+    )
+    return c, y
+
+
 # ---- reference -----------------------------------------------------------------------------------------------------
 
 
@@ -216,4 +238,5 @@ def compilations() -> Iterator[Compilation]:
             signature |= dict.fromkeys(constants, "constexpr")
             aligned = (*(name for name in pointers if name in given), "g_stride", "u_stride", "num")
             name = f"cotangents {kind} {g}, model {model}"
-            yield Compilation(name, cotangents_kernel, signature, constants, aligned)
+            levels = tuple(level for level in ("k_ptr", "j_ptr") if level in given)
+            yield Compilation(name, cotangents_kernel, signature, constants, aligned, unstreamed=levels)

@@ -21,8 +21,9 @@ from leapalign.engine.gradients import Sink
 from leapalign.engine.streamed import StreamedModel
 from leapalign.engine.velocity import evaluation_mode, is_batched, microbatches, select
 from leapalign.engine.vjp import ensure_grads, trainable, velocity_vjp
+from leapalign.kernels.cotangents import leg_cotangent
 from leapalign.rollout import Trajectory, rollout
-from leapalign.surrogates import LeapAlign, Surrogate, leapalign2, per_sample
+from leapalign.surrogates import LeapAlign, Surrogate, leapalign2
 
 Reward = Callable[[Tensor], Tensor]
 Executor = Literal["autograd", "reference", "streamed", "streamed-paired", "streamed-held"]
@@ -249,21 +250,20 @@ def surrogate_gradients(
     if not grads or active.numel() == 0:
         return grads
     given = select(conditioning, active)
-    y = g[active]
+    y, u = g[active], None
     for index, leg in enumerate(surrogate.legs):
+        cotangent, y = leg_cotangent(y, u, surrogate.discount, leg.coefficient[active])
         passes_on = index + 1 < len(surrogate.legs) and surrogate.discount != 0
         u = velocity_vjp(
             transformer,
             trajectory.at(leg.step)[active],
             trajectory.sigmas[leg.step][active],
             given,
-            per_sample(leg.coefficient[active], y) * y,
+            cotangent,
             grads=grads,
             input_grad=passes_on,
             microbatch=microbatch,
         )
-        if u is not None:
-            y = y + surrogate.discount * u
     return grads
 
 

@@ -16,7 +16,7 @@ from leapalign.alignment import GradientResult, Reward, check_finite, hinge, sco
 from leapalign.engine.velocity import velocity
 from leapalign.engine.vjp import trainable
 from leapalign.rollout import Trajectory
-from leapalign.surrogates import LeapAlign, distance, leap, similarity_weights
+from leapalign.surrogates import LeapAlign
 
 
 def reference_gradients(
@@ -73,3 +73,18 @@ def discount(latents: Tensor, alpha: float) -> Tensor:
     """The value of `latents`, its gradient times alpha: alpha x + (1 - alpha) sg(x), exact in rounding (eq. 9)."""
     constant = latents.detach()
     return constant + alpha * (latents - constant)
+
+
+def leap(latents: Tensor, width: Tensor, velocities: Tensor) -> Tensor:
+    """One-step prediction x - width * v (eq. 3): (B, ...) from (B, ...), (B,) noise-level differences and (B, ...)."""
+    return latents - width.reshape(-1, *[1] * (latents.ndim - 1)) * velocities
+
+
+def distance(latents: Tensor, prediction: Tensor) -> Tensor:
+    """(B,) mean absolute difference over everything but the batch."""
+    return (latents - prediction).abs().flatten(1).mean(1)
+
+
+def similarity_weights(d_j: Tensor, d_0: Tensor, tau: float) -> Tensor:
+    """(B,) w = 1 / (max(d_j, tau) + max(d_0, tau)), eq. 12."""
+    return 1 / (d_j.clamp(min=tau) + d_0.clamp(min=tau))

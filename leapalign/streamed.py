@@ -28,8 +28,9 @@ from leapalign.engine.plan import MemoryPlan
 from leapalign.engine.streamed import StreamedModel
 from leapalign.engine.velocity import is_batched, select, timestep_scale
 from leapalign.engine.vjp import trainable
+from leapalign.kernels.cotangents import leg_cotangent
 from leapalign.rollout import Trajectory, euler
-from leapalign.surrogates import LeapAlign, Surrogate, leapalign2, per_sample
+from leapalign.surrogates import LeapAlign, Surrogate, leapalign2
 
 Mode = Literal["paired", "held"]
 Steps = Sequence[Sequence[int]]  # B times n rollout steps, each sample's in rising order
@@ -237,16 +238,18 @@ def streamed_vjps(
         return
     everyone = len(samples) == batch
     given = conditioning if everyone else select(conditioning, torch.tensor(samples))
-    y = g if everyone else g[samples]
+    y, u = g if everyone else g[samples], None
     waiting: list[Leg] = []
     for index, planned in enumerate(surrogate.legs):
         slot = count - 1 - index
         passes_on = nested and index + 1 < count
         at = [steps[b][slot] for b in samples]
         sigma, latents = trajectory.sigmas[at], trajectory.latents[at, samples]
+        coefficient = planned.coefficient if everyone else planned.coefficient[samples]
+        cotangent, y = leg_cotangent(y, u, surrogate.discount, coefficient, dtype=model.store.dtype)
         leg = Leg(
             inputs=_inputs(model, latents, sigma, given),
-            cotangent=(per_sample(planned.coefficient[samples], y) * y).to(model.store.dtype),
+            cotangent=cotangent,
             input_grads=("hidden_states",) if passes_on else (),
             modulations=_rows(rolled.modulations, [step * batch + b for step, b in zip(at, samples, strict=True)]),
             record=rolled.record,
@@ -255,7 +258,7 @@ def streamed_vjps(
         if passes_on:
             with model.ledger.phase("input gradient" if mode == "paired" else "first leg"):
                 (found,) = model.vjp([leg], params="none" if mode == "paired" else "accumulate")
-            y = y + surrogate.discount * found["hidden_states"].to(y.dtype)
+            u = found["hidden_states"].to(y.device)
         if not (passes_on and mode == "held"):
             waiting.append(replace(leg, input_grads=()))  # with the record that a first pass has filled
     if ready is not None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from leapalign.kernels.leap import leap_distances
 from leapalign.rollout import Trajectory
 
 
@@ -92,27 +93,5 @@ def leapalign2(trajectory: Trajectory, pairs: Tensor, method: LeapAlign) -> Surr
     s_k, s_j = trajectory.sigmas[k], trajectory.sigmas[j]
     v_k, v_j = trajectory.velocities.unbind(1)
     x_k, x_j = trajectory.at(k), trajectory.at(j)
-    d_j = distance(x_j, leap(x_k, s_k - s_j, v_k))
-    d_0 = distance(trajectory.final, leap(x_j, s_j, v_j))
-    weights = similarity_weights(d_j, d_0, method.tau)
+    d_j, d_0, weights = leap_distances(x_k, v_k, x_j, v_j, trajectory.final, s_k, s_j, method.tau)
     return Surrogate((Leg(j, -s_j), Leg(k, -(s_k - s_j))), method.alpha, weights, d_j, d_0)
-
-
-def leap(latents: Tensor, width: Tensor, velocities: Tensor) -> Tensor:
-    """One-step prediction x - width * v (eq. 3): (B, ...) from (B, ...), (B,) noise-level differences and (B, ...)."""
-    return latents - per_sample(width, latents) * velocities
-
-
-def distance(latents: Tensor, prediction: Tensor) -> Tensor:
-    """(B,) mean absolute difference over everything but the batch."""
-    return (latents - prediction).abs().flatten(1).mean(1)
-
-
-def similarity_weights(d_j: Tensor, d_0: Tensor, tau: float) -> Tensor:
-    """(B,) w = 1 / (max(d_j, tau) + max(d_0, tau)), eq. 12."""
-    return 1 / (d_j.clamp(min=tau) + d_0.clamp(min=tau))
-
-
-def per_sample(values: Tensor, like: Tensor) -> Tensor:
-    """(B,) -> (B, 1, ..., 1) with as many dimensions as `like`."""
-    return values.reshape(-1, *[1] * (like.ndim - 1))

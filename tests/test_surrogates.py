@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from leapalign.kernels.leap import similarity_weights
 from leapalign.rollout import Trajectory
-from leapalign.surrogates import LeapAlign, leapalign2, similarity_weights
+from leapalign.surrogates import LeapAlign, leapalign2
 
 SIGMAS = [1.0, 0.9, 0.6, 0.25, 0.0]
 PAIRS = torch.tensor([[0, 3], [1, 2], [2, 3]])

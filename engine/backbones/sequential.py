@@ -69,6 +69,7 @@ class SequentialBackbone:
         self.module, self.device = module, device
         scale = getattr(module, "timestep_scale", None)
         self.timestep_scale: float | None = None if scale is None else float(scale)
+        self.fused = False  # the caller's own modules
         prefix = next((name for name, child in module.named_modules() if child is blocks), None)
         if not prefix or len(blocks) == 0:
             raise ValueError(

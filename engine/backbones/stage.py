@@ -48,6 +48,7 @@ class Backbone(Protocol):
             FLUX and SD3 drops its context). `condition` is temb (B, D); (B, width), see `Stage.modulation`, if hoisted.
         head: run(weights, carried, condition, constants) -> (B, ...) the transformer's output.
         condition_inputs: names of the inputs that `condition` reads; it reads nothing else.
+        fused: whether the blocks run on the fused kernels, or on their references where Triton does not compute.
         timestep_scale: factor from sigma to `timestep`, where the module is a flow transformer.
     """
 
@@ -58,6 +59,7 @@ class Backbone(Protocol):
     blocks: tuple[Stage, ...]
     head: Stage
     condition_inputs: tuple[str, ...]
+    fused: bool
     timestep_scale: float | None
 
     def check_inputs(self, inputs: Mapping[str, Any]) -> dict[str, Any]:

@@ -119,7 +119,7 @@ def test_the_fused_blocks_take_less_memory(make_transformer: Any, family: str) -
     model = make_transformer(family, torch.bfloat16).to("meta")
     costs = {}
     for kernels in ("torch", "triton"):
-        planner = Planner(model, Workload(**{**vars(workload), "kernels": kernels}))  # type: ignore[arg-type]
+        planner = Planner(model, Workload(**{**vars(workload), "kernels": kernels}))
         assert isinstance(planner.costs, StageCosts)
         costs[kernels] = [planner.costs.backward(part, 1, params=True).device_bytes for part in planner.costs.kinds]
         assert {plan.kernels for plan in planner.plans()} == {kernels}

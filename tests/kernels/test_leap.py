@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from leapalign import surrogates
+from leapalign import reference
 from leapalign.kernels import leap as module
 from leapalign.kernels.leap import leap_distances, similarity_weights
 from tests.kernels.interpreter import run_interpreted
@@ -31,13 +31,13 @@ def test_kernels_under_the_interpreter() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_reference_has_the_bits_of_the_surrogate(dtype: torch.dtype) -> None:
+def test_reference_has_the_bits_of_the_oracle(dtype: torch.dtype) -> None:
     (x_k, v_k, x_j, v_j, x_0), k, j = inputs(dtype)
     k, j = k.to(dtype), j.to(dtype)
     found = leap(x_k, v_k, x_j, v_j, x_0, k, j, 0.1)
-    x_jk, x_0j = surrogates.leap(x_k, k - j, v_k), surrogates.leap(x_j, j, v_j)
-    d_j, d_0 = surrogates.distance(x_j, x_jk), surrogates.distance(x_0, x_0j)
-    weights = surrogates.similarity_weights(d_j, d_0, 0.1)
+    x_jk, x_0j = reference.leap(x_k, k - j, v_k), reference.leap(x_j, j, v_j)
+    d_j, d_0 = reference.distance(x_j, x_jk), reference.distance(x_0, x_0j)
+    weights = reference.similarity_weights(d_j, d_0, 0.1)
     for value, expected in zip(found, (x_jk, x_0j, d_j, d_0, weights), strict=True):
         assert torch.equal(value, expected)
     for value, expected in zip(leap_distances(x_k, v_k, x_j, v_j, x_0, k, j, 0.1), found[2:], strict=True):
