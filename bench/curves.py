@@ -6,6 +6,8 @@ Every seed is run once a way, with the preset's own learning rate and steps:
     float32, half microbatch    the same, but for the last bits of its matrix products: the yardstick
     8-bit, bf16                 AdamW with 8-bit moments; bfloat16 weights rounded stochastically, bfloat16 arithmetic
     8-bit, bf16, residual       with 8 more bits of every weight
+    float32, fused              blocks in the arithmetic of the fused kernels; without a GPU in their torch references
+    8-bit, bf16, fused          the same in bfloat16
 
 Training amplifies every difference, so two ways are told apart only by more than the second differs from the first.
 Noise, pairs and prompts are functions of (seed, step, sample), so the runs of a seed are paired step by step. A curve
@@ -32,17 +34,21 @@ from leapalign.config import load_config
 from leapalign.errors import UsageError
 from leapalign.trainer import Trainer
 
-SUMMARY = "reward curves of whole training runs, 8-bit AdamW with bfloat16 weights beside float32"
+SUMMARY = "reward curves of whole training runs: 8-bit AdamW with bfloat16 weights and fused kernels beside float32"
 
 BASELINE, YARDSTICK = "float32", "float32, half microbatch"
 _8BIT = ["--optimizer", "adamw8bit", "--weight_dtype", "bf16", "--optimizer_device", "host"]
+_FUSED = ["--kernels", "triton"]
 WAYS = {
     BASELINE: ["--optimizer", "adamw"],
     YARDSTICK: ["--optimizer", "adamw"],
     "8-bit, bf16": _8BIT,
     "8-bit, bf16, residual": [*_8BIT, "--master", "residual"],
+    "float32, fused": ["--optimizer", "adamw", *_FUSED],
+    "8-bit, bf16, fused": [*_8BIT, *_FUSED],
 }
-COMMON = ["--executor", "streamed", "--streamed_mode", "held"]  # one mode, whatever the machine: they round differently
+# One mode and one arithmetic, whatever the machine: they round differently.
+COMMON = ["--executor", "streamed", "--streamed_mode", "held", "--kernels", "torch"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
