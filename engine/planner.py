@@ -10,18 +10,20 @@ from dataclasses import replace
 from functools import cached_property
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from leapalign.engine.backbones import Backbone, backbone_of
+from leapalign.engine.backbones.fused import not_fusable
 from leapalign.engine.cost import Prospect, StepCosts
 from leapalign.engine.plan import MemoryPlan
 from leapalign.engine.sizes import spell_bytes
 from leapalign.engine.stage_costs import StageCosts
 from leapalign.engine.units import meta_transformer
 from leapalign.engine.workload import Budget, Machine, Workload
+from leapalign.kernels.dispatch import reaches_device
 
 EVERY = (1, 2, 4, 8)
 MICROBATCHES = (1, 2, 4, 8, 16, 32, 64)  # small models need many rows, or launching their blocks takes the time
@@ -112,6 +114,7 @@ class Planner:
         if isinstance(model, Mapping | Path | str):
             model = meta_transformer(model, workload.dtype)
         if isinstance(model, nn.Module):
+            workload = self.workload = replace(workload, kernels=_kernels(workload, model))
             model = backbone_of(model, hoist=hoist, device=torch.device("meta"), kernels=workload.kernels)
         self.costs = StageCosts(model, workload)
 
@@ -186,7 +189,7 @@ class Planner:
                 mode=mode,
                 keep_block_inputs=keep,
                 optimizer_on=place,
-                kernels=workload.kernels,
+                kernels="triton" if self.costs.backbone.fused else "torch",
                 attention=workload.attention,
             )
 
@@ -236,6 +239,13 @@ class Planner:
         if best.peak_host_bytes > budget.host_bytes:
             found["ram"] = spell_bytes(best.peak_host_bytes)
         return found
+
+
+def _kernels(workload: Workload, model: nn.Module) -> Literal["triton", "torch"]:
+    if workload.kernels != "auto":
+        return workload.kernels
+    gpu = torch.cuda.is_available() and reaches_device(torch.device("cuda"))
+    return "triton" if gpu and not_fusable(model) is None else "torch"
 
 
 def fits(plan: MemoryPlan | Prospect, budget: Budget) -> bool:

@@ -77,7 +77,8 @@ class Workload:
         microbatch: rows at once, of the model and of the reward; fixed by the user, or None: the planner chooses.
         mode, optimizer_on: in the same way.
         dtype: of the weights.
-        kernels, attention: as for `backbone_of`; a plan for a GPU is made with "triton" on whatever machine.
+        kernels, attention: as for `backbone_of`; "auto" is "triton" on a machine with a GPU, for blocks that are
+            diffusers' own.
         optimizer: "adamw8bit"; "adamw", whose gradients, moments and average are float32 on the host; "gradients":
             none, the float32 gradients stay on the host.
         clip: "global" holds the gradients of all weights on the host.
@@ -101,7 +102,7 @@ class Workload:
     mode: Literal["paired", "held"] | None = None
     optimizer_on: Literal["host", "device"] | None = None
     dtype: torch.dtype = torch.bfloat16
-    kernels: Literal["triton", "torch"] = "torch"
+    kernels: Literal["auto", "triton", "torch"] = "auto"
     attention: Literal["auto", "native", "cudnn", "flash", "xformers"] = "auto"
     optimizer: Literal["adamw8bit", "adamw", "gradients"] = "adamw8bit"
     clip: Literal["global", "block", "none"] = "block"

@@ -74,7 +74,7 @@ def test_the_command_measures_and_plots(tmp_path, monkeypatch, capsys):
     found = record.read("curves-shapes")
     assert list(found["runs"]) == list(WAYS)
     assert "--steps 2 --batch 2" in found["command"] and "--folder" not in found["command"]
-    keys, chosen = ("optimizer", "weight_dtype", "master", "microbatch"), []
+    keys, chosen = ("optimizer", "weight_dtype", "master", "microbatch", "kernels"), []
     for name, (one,) in found["runs"].items():
         own = folder / f"seed-0-{name.replace(', ', '-').replace(' ', '-')}"
         rows = [json.loads(line) for line in (own / "metrics.jsonl").open()]
@@ -82,10 +82,12 @@ def test_the_command_measures_and_plots(tmp_path, monkeypatch, capsys):
         assert one["before"]["reward"]["mean"] == found["validation"][name]["reward"]["before"]["mean"]
         chosen.append([getattr(load_config(own / "config.yaml"), key) for key in keys])
     assert chosen == [
-        ["adamw", "float32", "stochastic", 2],
-        ["adamw", "float32", "stochastic", 1],
-        ["adamw8bit", "bf16", "stochastic", 2],
-        ["adamw8bit", "bf16", "residual", 2],
+        ["adamw", "float32", "stochastic", 2, "torch"],
+        ["adamw", "float32", "stochastic", 1, "torch"],
+        ["adamw8bit", "bf16", "stochastic", 2, "torch"],
+        ["adamw8bit", "bf16", "residual", 2, "torch"],
+        ["adamw", "float32", "stochastic", 2, "triton"],
+        ["adamw8bit", "bf16", "stochastic", 2, "triton"],
     ]
 
     assert main(["curves", "--plot", str(tmp_path / "curves.png")]) == 0

@@ -61,7 +61,15 @@ PLANS = [  # every setting beside every model, in turn
 ]
 KEEP = [True, False, True]
 MATRIX = [
-    (model, resolution, batch, mode, PLANS[index % len(PLANS)], KEEP[index % len(KEEP)])
+    (
+        model,
+        resolution,
+        batch,
+        mode,
+        PLANS[index % len(PLANS)],
+        KEEP[index % len(KEEP)],
+        ("torch", "triton")[index // 2 % 2],
+    )
     for index, (model, resolution, batch, mode) in enumerate(
         itertools.product(MODELS, (192, 448), (1, 3), ("paired", "held"))
     )
@@ -69,12 +77,13 @@ MATRIX = [
 
 
 @pytest.mark.parametrize(
-    ("model", "resolution", "batch", "mode", "plan", "keep"),
+    ("model", "resolution", "batch", "mode", "plan", "keep", "kernels"),
     MATRIX,
     ids=lambda value: str(value) if not isinstance(value, MemoryPlan) else f"plan{PLANS.index(value)}",
 )
-def test_the_planned_peak_is_the_counted_one(model, resolution, batch, mode, plan, keep):
+def test_the_planned_peak_is_the_counted_one(model, resolution, batch, mode, plan, keep, kernels):
     """Within 5% and not below; and so are the FLOPs of the step."""
+    plan = dataclasses.replace(plan, kernels=kernels)
     step = Step(MODELS[model], batch, resolution, 2, mode, keep, plan, text_tokens=64)
     counted, planned = simulate(step), step.planned()
     hoisted = {"hoist"} if plan.hoist else set()
