@@ -20,7 +20,7 @@ from leapalign.engine.workload import Budget
 from leapalign.errors import UsageError
 from leapalign.memory import RunPlan, memory_error, plan_of_run
 from leapalign.pipeline import resolve_device
-from leapalign.planning import plan_run
+from leapalign.planning import kernels_of, plan_run
 from leapalign.trainer import Trainer
 from tests.tiny_pipeline import ColourReward, save_tiny_pipeline, tiny_config
 
@@ -132,6 +132,53 @@ def test_a_run_leaves_its_plan(folder: Path, tmp_path: Path) -> None:
     for phase in saved["phases"]:
         assert row["memory"][phase["name"]]["planned_host_bytes"] == phase["host_bytes"]
         assert row["memory"][phase["name"]]["host_bytes"] > 0
+
+
+# ---- kernels and attention -----------------------------------------------------------------------------------------
+
+
+def test_kernels_are_used_as_the_plan_says(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Asked for on a CPU their references run, which is told; the run is the same up to rounding."""
+    rewards = {}
+    for kernels in ("auto", "torch", "triton"):
+        run = Trainer(
+            tiny_config(folder, tmp_path / kernels, max_train_steps=2, kernels=kernels), reward=ColourReward()
+        )
+        run.run()
+        model: Any = run.pipeline.transformer
+        assert run.planned is not None
+        assert run.planned.plan.kernels == ("triton" if kernels == "triton" else "torch")
+        assert model.backbone.fused == (kernels == "triton")
+        rows = [json.loads(line) for line in (tmp_path / kernels / "metrics.jsonl").open()]
+        rewards[kernels] = [row["reward"] for row in rows]
+        told = "its operators' references in torch run" in " ".join(capsys.readouterr().err.split())
+        assert told == (kernels == "triton")
+    assert rewards["auto"] == rewards["torch"]
+    assert rewards["triton"] == pytest.approx(rewards["torch"], rel=1e-4)  # a step of Adam amplifies rounding
+
+
+def test_triton_is_missed_on_a_gpu_only(monkeypatch: pytest.MonkeyPatch, folder: Path, tmp_path: Path) -> None:
+    config = tiny_config(folder, tmp_path / "run", kernels="triton")
+    automatic = config.model_copy(update={"kernels": "auto"})
+    gpu = torch.device("cuda", 0)
+    assert [kernels_of(each, gpu) for each in (config, automatic)] == ["triton", "triton"]
+    assert [kernels_of(automatic, device) for device in (None, CPU)] == ["triton", "torch"]  # None: another machine's
+    monkeypatch.setattr("leapalign.kernels.dispatch.triton", None)
+    monkeypatch.setattr("leapalign.planning.triton", None)
+    assert kernels_of(automatic, gpu) == "torch"
+    with pytest.raises(UsageError, match="kernels = triton, but Triton is not installed; pip install triton, or use"):
+        kernels_of(config, gpu)
+
+
+@pytest.mark.parametrize("executor", ["streamed", "autograd"])
+def test_an_attention_backend_that_cannot_run_ends_in_one_line(
+    executor: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_config(tiny_config(folder, tmp_path / "run", executor=executor, attention="cudnn"), tmp_path / "settings")
+    assert main(["align", str(tmp_path / "settings" / "config.yaml")]) == 2
+    told = capsys.readouterr().err.strip()
+    assert told == ("leapalign: error: attention = cudnn runs on a CUDA GPU, not on cpu: choose attention = native")
+    assert not (tmp_path / "run").exists()
 
 
 # ---- run out -------------------------------------------------------------------------------------------------------
