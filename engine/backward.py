@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 import torch
@@ -273,19 +274,32 @@ def differentiate(
     outputs: Sequence[Tensor], targets: Sequence[Tensor], weights: Mapping[str, Tensor], sums: Mapping[str, Tensor],
     cotangent: Sequence[Tensor],
 ) -> list[Tensor | None]:  # fmt: skip
-    """Gradients of `targets`; those of the weights are added to their sums and freed one by one."""
-    names = list(sums)
-    every = [*targets, *(weights[name] for name in names)]
-    if not every:
-        return []
+    """Gradients of `targets`; those of the weights are added to their sums as they come, and freed.
+
+    Args:
+        outputs: of one graph.
+        targets: leaves of it.
+        weights: of which the leaves with a sum want a gradient.
+        cotangent: a gradient for each output.
+    """
+    # Only what targets and sums reach, e.g. prompt embeddings that need no gradient reach one of the stem's outputs.
     reached = [(output, c) for output, c in zip(outputs, cotangent, strict=True) if output.requires_grad]
-    found: list[Tensor | None] = [None] * len(every)
-    if reached:  # e.g. prompt embeddings that need no gradient reach only one of the stem's outputs
-        outputs, cotangent = zip(*reached, strict=True)
-        found = list(torch.autograd.grad(outputs, every, cotangent, allow_unused=True))
-    for name in reversed(names):
-        gradient = found.pop()
-        if gradient is not None:
-            sums[name].add_(gradient)
-        del gradient
+    leaves = [*targets, *(weights[name] for name in sums)]
+    if reached and leaves:
+        hooks = [weights[name].register_post_accumulate_grad_hook(partial(_add, sums[name])) for name in sums]
+        try:
+            outputs, cotangent = zip(*reached, strict=True)
+            torch.autograd.backward(outputs, cotangent, inputs=leaves)
+        finally:
+            for hook in hooks:
+                hook.remove()
+    found = [target.grad for target in targets]
+    for target in targets:
+        target.grad = None
     return found
+
+
+def _add(total: Tensor, leaf: Tensor) -> None:
+    assert leaf.grad is not None
+    total.add_(leaf.grad)
+    leaf.grad = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 
 import pytest
 import torch
@@ -190,3 +191,12 @@ def test_a_backbone_of_another_device_is_refused():
     backbone = backbone_of(FluxTransformer2DModel(**FLUX), hoist=True, device=torch.device("cpu"))
     with pytest.raises(ValueError, match="device='meta'"):
         StageCosts(backbone, Workload())
+
+
+def test_weight_gradients_are_added_and_freed_one_by_one(flux_dev):
+    """Of a block's gradients two are alive at once at most: one is added while the other is made."""
+    costs, _ = flux_dev
+    for part in costs.kinds[1:-1]:
+        largest = 2 * max(math.prod(shape) for shape in part.unit.shapes.values())  # bytes in bfloat16
+        with_weights, without = (costs.backward(part, 1, params=params).device_bytes for params in (True, False))
+        assert largest <= with_weights - without <= 2 * largest < 2 * part.unit.numel
