@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from bench import bits, curves, memory, optimizers, quality, report
+from bench import bits, curves, kernels, memory, optimizers, quality, report
 
 
 def main(arguments: list[str]) -> int:
@@ -17,6 +17,7 @@ def main(arguments: list[str]) -> int:
     optimizers.add_arguments(commands.add_parser("optimizers", help=optimizers.SUMMARY, description=optimizers.__doc__))
     curves.add_arguments(commands.add_parser("curves", help=curves.SUMMARY, description=curves.__doc__))
     bits.add_arguments(commands.add_parser("bits", help=bits.SUMMARY, description=bits.__doc__))
+    kernels.add_arguments(commands.add_parser("kernels", help=kernels.SUMMARY, description=kernels.__doc__))
     commands.add_parser("report", help=report.SUMMARY, description=report.__doc__)
     options, overrides = parser.parse_known_args(arguments)
     runs = {
@@ -25,6 +26,7 @@ def main(arguments: list[str]) -> int:
         "optimizers": optimizers.run,
         "curves": curves.run,
         "bits": bits.run,
+        "kernels": kernels.run,
         "report": report.run,
     }
     return runs[options.what](options, overrides)

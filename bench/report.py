@@ -33,7 +33,7 @@ def fill(text: str) -> str:
 
 
 def _table(name: str) -> str:
-    makers = {"quality": _quality, "memory": _memory, "curves": _curves}
+    makers = {"quality": _quality, "memory": _memory, "curves": _curves, "kernels": _kernels}
     return makers[name]() or "Not measured.\n"
 
 
@@ -120,6 +120,32 @@ def _curves() -> str:
         "steps; ± is the standard error over seeds, the spread float32's standard deviation over seeds. Half the "
         "microbatch changes only the last bits of matrix products: its distance is what training makes of rounding. "
         f"Command: `{result['command']}`."
+    )
+    return "\n".join(lines) + "\n"
+
+
+def _kernels() -> str:
+    """What the compiler makes of the Triton kernels, a row a family."""
+    found = _results("kernels-compiled.json")
+    if not found:
+        return ""
+    (result,) = found
+    families: dict[str, list[dict[str, Any]]] = {}
+    for kernel in result["kernels"]:
+        families.setdefault(re.split(r"[ .]", kernel["name"])[0], []).extend(kernel["built"].values())
+    lines = ["| kernels | binaries | registers a thread | spilled bytes | narrowest access to a large array, bytes |"]
+    lines.append("|" + "---|" * 5)
+    for family, built in families.items():
+        registers = [each["registers"] for each in built]
+        widths = [each["narrowest_streamed_bytes"] for each in built if each["narrowest_streamed_bytes"]]
+        lines.append(
+            f"| `{family}` | {len(built)} | {min(registers)} to {max(registers)} "
+            f"| {max(each['spilled_bytes'] for each in built)} | {min(widths)} |"
+        )
+    architectures = ", ".join(f"sm_{number}" for number in result["architectures"])
+    lines.append(
+        f"\nCompiled for {architectures} with Triton {result['versions']['triton']}, every configuration of every "
+        f"kernel; no GPU is needed. Command: `{result['command']}`."
     )
     return "\n".join(lines) + "\n"
 

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from leapalign.kernels.sum_of_squares import sum_of_squares_outer
+
 
 @dataclass(frozen=True)
 class OuterProduct:
@@ -57,13 +59,12 @@ class OuterProduct:
         return self.left.to(dtype).T @ self.right.to(dtype)
 
     def square_sum(self) -> Tensor:
-        """() float64 |left^T right|_F^2 = sum over r, s of (left left^T)_rs (right right^T)_rs.
+        """() float64 |left^T right|_F^2, see `sum_of_squares_outer`: not finite where the product may overflow.
 
         Reads R (out + in) numbers instead of making out x in of them. Never negative: rounding may leave the sum of
         factors that cancel below zero.
         """
-        left, right = self.left.double(), self.right.double()
-        return ((left @ left.T) * (right @ right.T)).sum().clamp(min=0)
+        return sum_of_squares_outer(self.left, self.right).clamp(min=0)
 
 
 class _GivenModulation(nn.Module):

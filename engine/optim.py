@@ -12,7 +12,7 @@ from torch import Tensor
 
 from leapalign.engine.autograd import GRAD, adopt_grads
 from leapalign.engine.modulation import OuterProduct
-from leapalign.engine.update import Gradient, Group, Updater, square_sum
+from leapalign.engine.update import Gradient, Group, Kernels, Updater
 
 if TYPE_CHECKING:
     from leapalign.engine.streamed import StreamedModel
@@ -60,6 +60,7 @@ class AdamW8bit(torch.optim.Optimizer):
         ema_decay: float | None = None,
         seed: int = 0,
         fused_backward: bool = False,
+        kernels: Kernels = "auto",
     ) -> None:
         """
         Args:
@@ -73,11 +74,14 @@ class AdamW8bit(torch.optim.Optimizer):
             ema_decay: keep an average of the weights, in their dtype with stochastic rounding; None for none.
             seed: of the rounding. Same seed and gradients, same bits.
             fused_backward: update inside `loss.backward()`, one a step, with clip="block" or "none". No `grad` is left.
+            kernels: on the device: "triton" runs the fused kernels' operators, which take their references where Triton
+                is not, "torch" the definition, and "auto" Triton where it is. The bits are the same. No effect on the
+                host.
 
         Raises:
             ValueError: a setting out of range; the message names it.
         """
-        _check(lr, betas, eps, weight_decay, clip, max_grad_norm, master, ema_decay, placement)
+        _check(lr, betas, eps, weight_decay, clip, max_grad_norm, master, ema_decay, placement, kernels)
         if fused_backward and clip == "global":
             raise ValueError("AdamW8bit: fused_backward=True with clip='global', which needs every gradient before the "
                              "first update: use clip='block' or 'none'")  # fmt: skip
@@ -85,7 +89,7 @@ class AdamW8bit(torch.optim.Optimizer):
         self._given = None if params is None else list(params)
         self._placement, self.clip, self.max_grad_norm = placement, clip, max_grad_norm
         self.master, self.ema_decay, self.seed = master, ema_decay, seed
-        self.fused_backward = fused_backward
+        self.fused_backward, self.kernels = fused_backward, kernels
         self.steps = 0
         self.skipped = 0
         self.gradient_norm = math.nan
@@ -125,7 +129,13 @@ class AdamW8bit(torch.optim.Optimizer):
                 if parameter not in self._names:
                     raise ValueError(f"AdamW8bit: a parameter of shape {tuple(parameter.shape)} is not the model's")
         self._model = model
-        self._updater = Updater(model, placement=self.placement, master=self.master, ema=self.ema_decay is not None)
+        self._updater = Updater(
+            model,
+            placement=self.placement,
+            master=self.master,
+            ema=self.ema_decay is not None,
+            kernels=self.kernels,
+        )
         for group in self.param_groups:
             for parameter in group["params"]:
                 self.state[parameter] = self._updater.states(self._names[parameter])
@@ -189,7 +199,7 @@ class AdamW8bit(torch.optim.Optimizer):
         units = self._bound().sums.take(kind)
         wanted = self._groups()
         norms = {
-            unit: math.sqrt(sum(square_sum(g) for name, g in gradients.items() if name in wanted))
+            unit: math.sqrt(self._updater.square_sum(g for name, g in gradients.items() if name in wanted))
             for unit, gradients in units.items()
         }
         self.gradient_norm = math.sqrt(sum(norm * norm for norm in norms.values()))
@@ -313,7 +323,8 @@ class InBackward:
     def __call__(self, unit: str, gradients: Mapping[str, Tensor | OuterProduct]) -> None:
         if self.broken is not None:
             return
-        squares = sum(square_sum(gradient) for name, gradient in gradients.items() if name in self._groups)
+        wanted = (gradient for name, gradient in gradients.items() if name in self._groups)
+        squares = self._optimizer._updater.square_sum(wanted)
         if not math.isfinite(squares):
             self.broken = unit
             return
@@ -324,7 +335,7 @@ class InBackward:
 
 def _check(
     lr: float, betas: tuple[float, float], eps: float, weight_decay: float, clip: str, max_grad_norm: float,
-    master: str, ema_decay: float | None, placement: str | None,
+    master: str, ema_decay: float | None, placement: str | None, kernels: str,
 ) -> None:  # fmt: skip
     for name, value, fits, limit in (
         ("lr", lr, 0 <= lr < math.inf, "at least 0"),
@@ -336,6 +347,7 @@ def _check(
         ("clip", clip, clip in ("global", "block", "none"), "global, block or none"),
         ("master", master, master in ("stochastic", "residual", "float32"), "stochastic, residual or float32"),
         ("placement", placement, placement in ("host", "device", None), "host or device, or None for the plan's"),
+        ("kernels", kernels, kernels in ("auto", "triton", "torch"), "auto, triton or torch"),
     ):
         if not fits:
             raise ValueError(f"AdamW8bit: {name}={value!r} must be {limit}")

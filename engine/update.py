@@ -1,11 +1,12 @@
-"""One unit's AdamW update on the host or on the device: which bytes go where. kernels/adamw8bit.py does the sums."""
+"""One unit's AdamW update on the host or on the device: which bytes go where. kernels/adamw8bit.py has the sums."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -14,15 +15,20 @@ from leapalign.engine.modulation import OuterProduct
 from leapalign.engine.store import ALIGNMENT
 from leapalign.engine.streamer import Buffer
 from leapalign.kernels.adamw8bit import Hyper, update
-from leapalign.kernels.host import sum_of_squares
+from leapalign.kernels.adamw8bit_triton import expand, update_outer, update_triton
+from leapalign.kernels.dispatch import reaches_device
 from leapalign.kernels.quantize import BLOCK
+from leapalign.kernels.sum_of_squares import sum_of_squares, sum_of_squares_torch
 
 if TYPE_CHECKING:
     from leapalign.engine.streamed import StreamedModel
 
 Gradient = Tensor | OuterProduct
 
-RUN = 2**22  # elements at once where a gradient is made of factors (16 MiB in float32), and at most in a slot
+Kernels = Literal["auto", "triton", "torch"]
+
+RUN = 2**22  # elements at once on the device, at most
+TILE = 2**20  # elements that factors are multiplied out to, in torch: two of 4 MiB in float32 while they are
 # kind in the store -> (argument of kernels.adamw8bit.update, elements of the unit for one of the kind)
 KINDS = {
     "m": ("codes_m", 1),
@@ -50,8 +56,9 @@ class Updater:
     """Updates units of a model's store, in place.
 
     On the host it works on the store itself. On the device it brings weights and states of a piece of the unit into a
-    scratch slot, updates them there beside the gradient, and sends them back. Both give the same bits where they do the
-    same arithmetic: rounding is keyed by (seed, step, parameter, element).
+    scratch slot, updates them there beside the gradient, and sends them back; with Triton a piece is one launch, and a
+    gradient of factors is never multiplied out. The same gradients give the same bits everywhere: every operation is
+    rounded once, sums have one order, and the draws of rounding are keyed by (seed, step, parameter, element).
     """
 
     def __init__(
@@ -61,8 +68,12 @@ class Updater:
         placement: Literal["host", "device"],
         master: Literal["stochastic", "residual", "float32"],
         ema: bool,
+        kernels: Kernels,
     ) -> None:
         self._model, self._store, self._placement = model, model.store, placement
+        self._device = torch.device("cpu") if placement == "host" else model.device
+        wanted = kernels == "triton" or (kernels == "auto" and reaches_device(model.device))
+        self._triton = placement == "device" and wanted
         low = self._store.dtype != torch.float32
         dtypes = {"m": torch.uint8, "m_absmax": torch.float32, "v": torch.uint8, "v_absmax": torch.float32}
         if low and master == "residual":
@@ -105,37 +116,70 @@ class Updater:
         layout = self._store.units[unit]
         for name, gradient in gradients.items():
             group, start = groups[name], layout.offsets[name]
-            hyper = Hyper(group.lr, group.beta1, group.beta2, group.eps, group.weight_decay, step)
-            count = layout.shapes[name].numel()
-            step_size = self._run(gradient)
-            for first in range(0, count, step_size):
-                stop = min(first + step_size, count)
-                found = elements(gradient, first, stop)
-                with self._memory(unit, start + first, start + stop) as memory:
-                    update(
-                        memory.pop("weights"),
-                        found.to(self._device),
-                        hp=hyper,
-                        seed=seed,
-                        parameter=self._numbers[name],
-                        first=first,
-                        scale=scale,
-                        ema_decay=ema_decay or 0.0,
-                        **{KINDS[state][0]: values for state, values in memory.items()},
-                    )
+            options = {
+                "hp": Hyper(group.lr, group.beta1, group.beta2, group.eps, group.weight_decay, step),
+                "seed": seed,
+                "parameter": self._numbers[name],
+                "scale": scale,
+                "ema_decay": ema_decay or 0.0,
+            }
+            if isinstance(gradient, OuterProduct):
+                gradient = OuterProduct(gradient.left.to(self._device), gradient.right.to(self._device))
+            for first, stop in self._pieces(gradient):
+                self._update(gradient, first, stop, self._memory(unit, start + first, start + stop), options)
         self._model.weights_changed(unit)
 
-    @property
-    def _device(self) -> torch.device:
-        return torch.device("cpu") if self._placement == "host" else self._model.device
+    def _update(
+        self,
+        gradient: Gradient,
+        first: int,
+        stop: int,
+        memory: AbstractContextManager[dict[str, Any]],
+        options: dict[str, Any],
+    ) -> None:
+        """Elements first ... stop of a parameter."""
+        if self._triton and isinstance(gradient, OuterProduct):
+            columns = gradient.shape[1]
+            if first % columns == 0 == stop % columns:
+                left, right = gradient.left[:, first // columns : stop // columns], gradient.right
+                with memory as tensors:
+                    weights = tensors.pop("weights").view(-1, columns)
+                    update_outer(weights, left.contiguous(), right.contiguous(), **tensors, **options, first=first)
+                return
+        piece = elements(gradient, first, stop).to(self._device)
+        with memory as tensors:
+            (update_triton if self._triton else update)(gradient=piece, **tensors, **options, first=first)
 
-    def _run(self, gradient: Gradient) -> int:
-        """Elements at once, a multiple of 256."""
-        if self._placement == "host":
-            return RUN if isinstance(gradient, OuterProduct) else 2**62
-        fits = (self._model.weights.slot_bytes - ALIGNMENT * (len(self._dtypes) + 1)) * BLOCK // self._block_bytes
-        assert fits >= BLOCK, "a slot holds no block of weights and states"
-        return min(fits // BLOCK * BLOCK, RUN)
+    def square_sum(self, gradients: Iterable[Gradient]) -> float:
+        """The sum of squares of all of them, in float64; inf or nan if an element is. Waits for the device once.
+
+        The same bits for host and device: `sum_of_squares` has one order, the sum over parameters is rounded once, and
+        factors, a few numbers, are multiplied on the host wherever they are.
+        """
+        sums, products = [], []
+        for gradient in gradients:
+            if isinstance(gradient, OuterProduct):
+                products.append(float(OuterProduct(gradient.left.cpu(), gradient.right.cpu()).square_sum()))
+            else:
+                here = self._triton and gradient.device == self._device
+                sums.append((sum_of_squares if here else sum_of_squares_torch)(gradient.contiguous()))
+        return math.fsum([*(torch.stack(sums).tolist() if sums else []), *products])
+
+    def _pieces(self, gradient: Gradient) -> Iterator[tuple[int, int]]:
+        """(first element, the one behind the last) of what is updated at once: whole blocks of 256, but at the end.
+
+        Of factors they are whole rows too, for the kernel that does not multiply them out, where that fits.
+        """
+        count, limit = gradient.shape.numel(), 2**62 if self._placement == "host" else RUN
+        if self._placement == "device":
+            fits = (self._model.weights.slot_bytes - ALIGNMENT * (len(self._dtypes) + 1)) * BLOCK // self._block_bytes
+            assert fits >= BLOCK, "a slot holds no block of weights and states"
+            limit = min(fits // BLOCK * BLOCK, RUN)
+        if isinstance(gradient, OuterProduct):
+            rows = math.lcm(gradient.shape[1], BLOCK)  # elements of the fewest that are whole blocks
+            limit = (limit // rows * rows or limit) if self._triton else min(limit, TILE)
+        for first in range(0, count, limit):
+            yield first, min(first + limit, count)
 
     @property
     def _block_bytes(self) -> int:
@@ -144,22 +188,22 @@ class Updater:
         return BLOCK * self._store.dtype.itemsize + states
 
     @contextmanager
-    def _memory(self, unit: str, start: int, stop: int) -> Iterator[dict[str, Tensor]]:
-        """{"weights" or a kind: elements start ... stop of the unit}, to be changed in place."""
+    def _memory(self, unit: str, start: int, stop: int) -> Iterator[dict[str, Any]]:
+        """{argument of `update`: elements start ... stop of the unit}, to be changed in place."""
         on_host = {"weights": self._store.region(unit)[start:stop]}
         for kind in self._dtypes:
-            per = KINDS[kind][1]
-            on_host[kind] = self._store.region(unit, kind)[start // per : -(-stop // per)]
+            argument, per = KINDS[kind]
+            on_host[argument] = self._store.region(unit, kind)[start // per : -(-stop // per)]
         if self._placement == "host":
             yield on_host
             return
         with self._model.weights.scratch(torch.uint8) as (slot, memory):
             on_device, offset = {}, 0
-            for kind, values in on_host.items():
-                on_device[kind] = memory[offset : offset + values.nbytes].view(values.dtype)
+            for name, values in on_host.items():
+                on_device[name] = memory[offset : offset + values.nbytes].view(values.dtype)
                 offset += -(-values.nbytes // ALIGNMENT) * ALIGNMENT
             regions = [self._model.weights.region(unit), *(self._buffer(unit, kind) for kind in self._dtypes)]
-            pairs = [(on_device[kind], on_host[kind]) for kind in on_host]
+            pairs = [(on_device[name], on_host[name]) for name in on_host]
             streamer = self._model.streamer
             streamer.load(slot, regions, pairs)
             with streamer.use(slot):
@@ -174,19 +218,10 @@ class Updater:
 
 
 def elements(gradient: Gradient, start: int, stop: int) -> Tensor:
-    """Elements start ... stop of a gradient, flat; those of factors are multiplied out, in float32."""
+    """Elements start ... stop of a gradient, flat; those of factors are multiplied out in float32, by `expand`."""
     if not isinstance(gradient, OuterProduct):
         return gradient.reshape(-1)[start:stop]
     columns = gradient.shape[1]
     first, last = start // columns, -(-stop // columns)
-    rows = gradient.left[:, first:last].float().T @ gradient.right.float()
-    return rows.reshape(-1)[start - first * columns : stop - first * columns]
-
-
-def square_sum(gradient: Gradient) -> float:
-    """The sum of squares of a gradient, in float64; inf or nan if an element is."""
-    if isinstance(gradient, OuterProduct):
-        return float(gradient.square_sum())
-    if gradient.device.type == "cpu" and gradient.is_contiguous():
-        return sum_of_squares(gradient)
-    return float(gradient.double().square().sum())
+    rows = expand(gradient.left[:, first:last], gradient.right)
+    return rows.view(-1)[start - first * columns : stop - first * columns]

@@ -23,7 +23,8 @@ Weights are one of
 - bfloat16 with a float32 `master`, of which they are the rounding to nearest.
 
 Every operation is rounded once to fp32, with the scalars computed in double and then rounded: the same bits on any
-device, for any split into runs of whole blocks. A kernel that follows must not contract to fused multiply-adds.
+device, for any split into runs of whole blocks. A kernel that follows must not contract to fused multiply-adds. Torch
+itself needs two detours: `square_root`, and a quotient by a tensor where a GPU would multiply by a number's reciprocal.
 
 Bytes an element, bf16 weights and fp32 gradients: 2 + 4 + 2 · (1 + 4/256) read and 2 + 2 · (1 + 4/256) written, 12.06;
 with a residual 2 more, with a master 6 (bf16 is then not read), with an average 4 (bf16) or 8 (fp32) more.
@@ -39,7 +40,7 @@ import torch
 from torch import Tensor
 
 from leapalign.kernels.quantize import BLOCK, blocks_of, dequantize, quantize, signed_map, unsigned_map
-from leapalign.kernels.rounding import round_stochastic
+from leapalign.kernels.rounding import check_stream, round_stochastic
 
 CHUNK = 1 << 20  # elements at a time: temporaries stay near 64 MiB, whatever the size of the run
 AVERAGE_STREAM = 1 << 61  # the draws of a bf16 average are those of elements that no parameter has
@@ -75,9 +76,18 @@ def adamw(w: Tensor, g: Tensor, m: Tensor, v: Tensor, hp: Hyper) -> tuple[Tensor
     assert hp.step >= 1, "steps are counted from 1"
     m = m + (g - m) * (1 - hp.beta1)
     v = v * hp.beta2 + g * (1 - hp.beta2) * g
-    root = v.sqrt() / math.sqrt(1 - hp.beta2**hp.step)
+    root = square_root(v) / v.new_full((), math.sqrt(1 - hp.beta2**hp.step))
     w = w * (1 - hp.lr * hp.weight_decay)
     return w - m * (hp.lr / (1 - hp.beta1**hp.step)) / (root + hp.eps), m, v
+
+
+def square_root(x: Tensor) -> Tensor:
+    """√x rounded once, in x's dtype.
+
+    On CPUs torch takes float32 roots from MKL, which rounds 0.6% of them to the wrong neighbour. Through double they
+    are right: no root of a float32 lies within 2^-50 of the middle between two, relative.
+    """
+    return x.double().sqrt().to(x.dtype)
 
 
 @torch.no_grad()
@@ -121,9 +131,10 @@ def update(
     Raises:
         ValueError: a wrong dtype, shape, layout, device or combination, or a coordinate of the draws out of its range.
     """
-    _check(weights, gradient, (codes_m, codes_v), (absmax_m, absmax_v), residual, master, ema)
-    if first % BLOCK or first < 0:
-        raise ValueError(f"first={first} is not the beginning of a block: pass a multiple of {BLOCK}")
+    check_run(
+        *(weights, gradient, (codes_m, codes_v), (absmax_m, absmax_v), residual, master, ema),
+        *(hp, seed, parameter, first),
+    )
     map_m, map_v = signed_map(weights.device), unsigned_map(weights.device)
     for part, blocks in _chunks(weights.numel()):
         m = dequantize(codes_m[part], absmax_m[blocks], map=map_m)
@@ -133,7 +144,7 @@ def update(
         w = high if high is not None else _read(weights[part], low)
         w, m, v = adamw(w, gradient[part].float() * scale, m, v, hp)
         quantize(m, codes_m[part], absmax_m[blocks], map=map_m)
-        quantize(v.sqrt_(), codes_v[part], absmax_v[blocks], map=map_v, nonzero=True)
+        quantize(square_root(v), codes_v[part], absmax_v[blocks], map=map_v, nonzero=True)
         w = _write(w, weights[part], low, high, (seed, hp.step, parameter, first + part.start))
         if ema is not None:
             draws = (seed, hp.step, parameter, AVERAGE_STREAM + first + part.start)
@@ -247,7 +258,7 @@ def from_bitsandbytes(state: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tens
     map_v = unsigned_map(v_codes.device)
     codes_v, absmax_v = torch.empty_like(v_codes), torch.empty_like(v_absmax)
     for part, blocks in _chunks(v_codes.numel()):
-        root = dequantize(v_codes[part].clamp(min=1), v_absmax[blocks], map=map_v).sqrt_()
+        root = square_root(dequantize(v_codes[part].clamp(min=1), v_absmax[blocks], map=map_v))
         quantize(root, codes_v[part], absmax_v[blocks], map=map_v, nonzero=True)
     return codes_m, absmax_m, codes_v, absmax_v
 
@@ -259,16 +270,29 @@ def _chunks(count: int) -> Iterator[tuple[slice, slice]]:
         yield slice(start, end), slice(start // BLOCK, blocks_of(end))
 
 
-def _check(
+def check_run(
     weights: Tensor,
-    gradient: Tensor,
+    gradient: Tensor | None,
     codes: tuple[Tensor, Tensor],
     absmax: tuple[Tensor, Tensor],
     residual: Tensor | None,
     master: Tensor | None,
     ema: Tensor | None,
+    hp: Hyper,
+    seed: int,
+    parameter: int,
+    first: int,
+    guard: Tensor | None = None,
 ) -> None:
-    """Raise ValueError where a tensor of `update` is of a wrong dtype, shape, layout or device."""
+    """Check a run's arguments, whoever computes it.
+
+    Args:
+        weights ... first: as `update` takes them; m's and v's together. Without a gradient there is none to check.
+        guard: () float32 or float64 on the same device.
+
+    Raises:
+        ValueError: a wrong dtype, shape, layout, device or combination, or a coordinate of the draws out of its range.
+    """
     count, floats = weights.numel(), (torch.float32, torch.bfloat16)
     for name, tensor, size, dtypes in (
         ("weights", weights, count, floats),
@@ -289,7 +313,17 @@ def _check(
                 f"{name} is {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}; update takes contiguous "
                 f"{' or '.join(map(str, dtypes))} ({size},) on {weights.device}"
             )
+    if guard is not None and (
+        guard.ndim or guard.dtype not in (torch.float32, torch.float64) or guard.device != weights.device
+    ):
+        raise ValueError(
+            f"guard is {guard.dtype} {tuple(guard.shape)} on {guard.device}; "
+            f"update takes float32 or float64 () on {weights.device}"
+        )
     if residual is not None and master is not None:
         raise ValueError("residual and master are both given; the weights have either 24 bits or a master: pass one")
     if (residual is not None or master is not None) and weights.dtype != torch.bfloat16:
         raise ValueError(f"weights are {weights.dtype}; only bfloat16 ones have a residual or a master: pass neither")
+    if first % BLOCK or first < 0:
+        raise ValueError(f"first={first} is not the beginning of a block: pass a multiple of {BLOCK}")
+    check_stream(seed, hp.step, parameter, first if ema is None else AVERAGE_STREAM + first, count)

@@ -199,7 +199,7 @@ def _update(
             g += factor * _widened(tl.load(right_ptr + term * cols + place, mask=inside, other=0))
     g = g * scale
 
-    # All is loaded before anything is stored: no load moves up past a store.
+    # All but the tables is loaded before anything is stored: no load moves up past a store.
     source_ptr = weights_ptr if master_ptr is None else master_ptr
     w = tl.load(source_ptr + begin * 256 + offset, mask=inside, other=0)
     if residual_ptr is not None:
@@ -215,13 +215,6 @@ def _update(
     m = m + (g - m) * gain_m
     v = v * v * decay_v + g * gain_v * g
     root = tl.sqrt_rn(v)
-
-    codes, peak = _encode(m, inside, tl.load(tables_ptr + 512 + entry), SIGNED=True)
-    tl.store(codes_m_ptr + begin * 256 + offset, codes.to(tl.uint8), mask=inside)
-    tl.store(absmax_m_ptr + peaks, peak, mask=peaks_inside)
-    codes, peak = _encode(root, inside, tl.load(tables_ptr + 768 + entry), SIGNED=False)
-    tl.store(codes_v_ptr + begin * 256 + offset, codes.to(tl.uint8), mask=inside)
-    tl.store(absmax_v_ptr + peaks, peak, mask=peaks_inside)
 
     if residual_ptr is not None:  # `adamw8bit.join_residual`
         bits = w.to(tl.int16, bitcast=True).to(tl.int32)
@@ -261,6 +254,14 @@ def _update(
             tl.store(ema_ptr + begin * 256 + offset, _as_bf16(rounded), mask=inside)
         else:
             tl.store(ema_ptr + begin * 256 + offset, ema, mask=inside)
+
+    # Last, when the weights are stored and their registers free; the tables are in the cache by then.
+    codes, peak = _encode(m, inside, tl.load(tables_ptr + 512 + entry), SIGNED=True)
+    tl.store(codes_m_ptr + begin * 256 + offset, codes.to(tl.uint8), mask=inside)
+    tl.store(absmax_m_ptr + peaks, peak, mask=peaks_inside)
+    codes, peak = _encode(root, inside, tl.load(tables_ptr + 768 + entry), SIGNED=False)
+    tl.store(codes_v_ptr + begin * 256 + offset, codes.to(tl.uint8), mask=inside)
+    tl.store(absmax_v_ptr + peaks, peak, mask=peaks_inside)
 
 
 # ---- launcher ------------------------------------------------------------------------------------------------------
@@ -391,6 +392,7 @@ def _compilation(weights: str, gradient: str, average: str | None) -> Compilatio
         **dict.fromkeys(floats, "fp32"),
         **dict.fromkeys(constants, "constexpr"),
     }
+    few = ("absmax_m_ptr", "absmax_v_ptr", "guard_ptr", "tables_ptr", "left_ptr")  # of blocks, and of rows
     return Compilation(
         name=f"adamw8bit.update {weights}, gradient {gradient}" + (f", average {average}" if average else ""),
         kernel=_update,
@@ -398,4 +400,6 @@ def _compilation(weights: str, gradient: str, average: str | None) -> Compilatio
         constants=constants,
         aligned=(*(name for name, kind in pointers.items() if kind is not None), "n", "cols"),
         num_warps=WARPS,
+        fp_fusion=False,
+        unstreamed=tuple(name for name in few if pointers[name] is not None),
     )

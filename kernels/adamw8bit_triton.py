@@ -3,10 +3,6 @@
 Equations, formats, draws and rounding are those of `adamw8bit.update`, which is the reference and what runs where
 there is no Triton; the kernel is in `leapalign.kernels.adamw8bit_kernel`.
 
-The bits equal the reference's where torch rounds as IEEE says. It does not everywhere: on CPUs float32 roots come from
-MKL, which rounds about 0.6% of them to the wrong neighbour, and on a GPU torch divides √v by a scalar as a product with
-the reciprocal.
-
 A non-finite gradient spoils its block of 256 here too. With `guard`, a number on the device, nothing is read or written
 where that is not finite: no step has to wait for the host. `leapalign.kernels.sum_of_squares` of a unit's gradients
 makes one.
@@ -26,10 +22,9 @@ import torch
 from torch import Tensor
 
 from leapalign.kernels import adamw8bit, adamw8bit_kernel
-from leapalign.kernels.adamw8bit import AVERAGE_STREAM, Hyper
+from leapalign.kernels.adamw8bit import Hyper, check_run
 from leapalign.kernels.dispatch import reaches
 from leapalign.kernels.quantize import BLOCK, blocks_of
-from leapalign.kernels.rounding import check_stream
 
 ROWS = 256  # of an outer product, expanded at a time by the reference: whole blocks whatever the columns
 
@@ -45,8 +40,9 @@ def expand(left: Tensor, right: Tensor) -> Tensor:
         right: (terms, cols) of the same.
     """
     gradient = torch.zeros(left.shape[1], right.shape[1], dtype=torch.float32, device=left.device)
+    product = torch.empty_like(gradient)  # fp32, as long as the sum is formed
     for column, row in zip(left.float(), right.float(), strict=True):
-        gradient = gradient + column[:, None] * row
+        gradient += torch.mul(column[:, None], row, out=product)
     return gradient
 
 
@@ -161,8 +157,10 @@ def update_triton(
     Raises:
         ValueError: as there.
     """
-    _check(weights, gradient, (codes_m, codes_v), (absmax_m, absmax_v), residual, master, ema, guard)
-    _check_stream(seed, parameter, first, weights.numel(), hp, ema)
+    check_run(
+        *(weights, gradient, (codes_m, codes_v), (absmax_m, absmax_v), residual, master, ema),
+        *(hp, seed, parameter, first, guard),
+    )
     _step(
         *(weights, gradient, None, None, codes_m, absmax_m, codes_v, absmax_v, residual, master, ema, guard),
         *(hp.lr, hp.beta1, hp.beta2, hp.eps, hp.weight_decay, hp.step),
@@ -214,8 +212,10 @@ def update_outer(
     if not weights.is_contiguous():
         raise ValueError(f"weights have strides {weights.stride()}; update_outer takes contiguous ones")
     flat = weights.view(-1)
-    _check(flat, flat, (codes_m, codes_v), (absmax_m, absmax_v), residual, master, ema, guard)
-    _check_stream(seed, parameter, first, flat.numel(), hp, ema)
+    check_run(
+        *(flat, None, (codes_m, codes_v), (absmax_m, absmax_v), residual, master, ema),
+        *(hp, seed, parameter, first, guard),
+    )
     _step(
         *(flat, None, left, right, codes_m, absmax_m, codes_v, absmax_v, residual, master, ema, guard),
         *(hp.lr, hp.beta1, hp.beta2, hp.eps, hp.weight_decay, hp.step),
@@ -225,29 +225,3 @@ def update_outer(
 
 def _as_int64(seed: int) -> int:
     return seed - 2**64 if seed >= 2**63 else seed
-
-
-def _check(
-    weights: Tensor,
-    gradient: Tensor,
-    codes: tuple[Tensor, Tensor],
-    absmax: tuple[Tensor, Tensor],
-    residual: Tensor | None,
-    master: Tensor | None,
-    ema: Tensor | None,
-    guard: Tensor | None,
-) -> None:
-    adamw8bit._check(weights, gradient, codes, absmax, residual, master, ema)
-    if guard is not None and (
-        guard.ndim or guard.dtype not in (torch.float32, torch.float64) or guard.device != weights.device
-    ):
-        raise ValueError(
-            f"guard is {guard.dtype} {tuple(guard.shape)} on {guard.device}; "
-            f"update takes float32 or float64 () on {weights.device}"
-        )
-
-
-def _check_stream(seed: int, parameter: int, first: int, count: int, hp: Hyper, ema: Tensor | None) -> None:
-    if first % BLOCK or first < 0:
-        raise ValueError(f"first={first} is not the beginning of a block: pass a multiple of {BLOCK}")
-    check_stream(seed, hp.step, parameter, first if ema is None else AVERAGE_STREAM + first, count)

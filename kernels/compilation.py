@@ -18,6 +18,9 @@ class Compilation:
         constants: {argument: value} of the constexpr arguments.
         aligned: arguments whose pointers or values are multiples of 16, as those of the launcher's calls are.
         num_warps, num_stages: of the launch.
+        fp_fusion: whether a product and a sum may become one operation, rounded once.
+        unstreamed: pointers to a few numbers of a row, block or program. Every other pointer's array passes through
+            the kernel, and all accesses to it have to be 16 bytes wide.
     """
 
     name: str
@@ -27,3 +30,5 @@ class Compilation:
     aligned: tuple[str, ...] = ()
     num_warps: int = 4
     num_stages: int = 3
+    fp_fusion: bool = True
+    unstreamed: tuple[str, ...] = ()

@@ -171,6 +171,11 @@ if triton is not None:
             tl.store(dw_k_ptr + column, total, (column < DIM) & (side == 1))
 
 
+def _warps(of_bf16: int, itemsize: int) -> int:
+    """float32 in twice as many threads, 16 bytes each: with 32 the B200's compiler spills."""
+    return min(32, of_bf16 * itemsize // 2)
+
+
 def launch(
     dy_q: Tensor, dy_k: Tensor, q: Tensor | None, k: Tensor | None, weights: tuple[Tensor | None, ...],
     tables: tuple[Tensor | None, ...], eps: float, first: int, dw: tuple[Tensor | None, ...],
@@ -191,7 +196,7 @@ def launch(
         if dy_q.numel():
             backward_kernel[(programs,)](
                 dy_q_at, dy_k_at, q, k, *map(contiguous, weights + tables), dq, dk, partials, *dy_strides, *strides,
-                batch * length, length, first, group, eps, **constants, num_warps=warps,
+                batch * length, length, first, group, eps, **constants, num_warps=_warps(warps, dy_q.itemsize),
             )  # fmt: skip
         if partials is not None:
             weights_kernel[(-(-dim // COLUMNS), 2)](
@@ -252,11 +257,14 @@ def compilations() -> Iterator[Compilation]:
         signature |= dict.fromkeys(("tokens", "length", "first", "group"), "i32") | {"eps": "fp32"}
         signature |= dict.fromkeys(fixed, "constexpr")
         name = f"qk_norm_rope backward {model} {number}{'' if wanted else ', no weights'}"
-        yield Compilation(name, backward_kernel, signature, fixed, aligned, warps)
+        sums = ("partials_ptr",) if wanted else ()
+        launched = _warps(warps, {"bf16": 2, "fp32": 4}[number])
+        yield Compilation(name, backward_kernel, signature, fixed, aligned, launched, unstreamed=sums)
         if wanted:
             signature = {"partials_ptr": "*fp32", "dw_q_ptr": x, "dw_k_ptr": x}
             fixed = {"DIM": dim, "ROWS": ROWS, "COLUMNS": COLUMNS}
             aligned = tuple(signature)
             signature |= {"programs": "i32"} | dict.fromkeys(fixed, "constexpr")
             name = f"qk_norm_rope weights {model} {number}"
-            yield Compilation(name, weights_kernel, signature, fixed, aligned, 8)
+            results = ("dw_q_ptr", "dw_k_ptr")
+            yield Compilation(name, weights_kernel, signature, fixed, aligned, 8, unstreamed=results)

@@ -130,7 +130,15 @@ def compilation(
         else:
             signature[argument] = "fp32" if argument == "eps" else "i32"
     aligned = tuple(name for name in signature if name.endswith(("_ptr", "_batch", "_row")))
-    yield Compilation(f"{name} {type_} {features}", kernel, signature, constants, aligned, launch["num_warps"])
+    yield Compilation(
+        f"{name} {type_} {features}",
+        kernel,
+        signature,
+        constants,
+        aligned,
+        launch["num_warps"],
+        unstreamed=tuple(name for name in signature if name == "statistics_ptr"),
+    )
 
 
 def compilations() -> Iterator[Compilation]:
@@ -140,4 +148,5 @@ def compilations() -> Iterator[Compilation]:
         constants = {"SUM_GROUPS": SUM_GROUPS, "SUM_COLUMNS": SUM_COLUMNS}
         signature |= dict.fromkeys(constants, "constexpr")
         aligned = ("partial_ptr", "out_ptr", "width")
-        yield Compilation(f"rows.sum_groups {type_}", _sum_groups, signature, constants, aligned)
+        name = f"rows.sum_groups {type_}"
+        yield Compilation(name, _sum_groups, signature, constants, aligned, unstreamed=("out_ptr",))

@@ -1,16 +1,16 @@
-"""Sum of squares in double and in a fixed order: a gradient's share in the global norm, and whether it is finite.
+"""Sum of squares in double and in one fixed order: a gradient's share in the global norm, and whether it is finite.
 
     s = Σ x_i²
 
 Each square is exact in double and none overflows, so s is finite exactly if every x_i is: one pass gives the norm to
 clip by and the guard of the update (`adamw8bit_triton.update_triton`), on the device, without a wait.
 
-The order is fixed by the length and the dtype, without atomics, so the bits are always the same: of 8,192 consecutive
-elements, lane l of 1,024 adds elements l, l + 1024, ... in turn, and Triton the lanes; another kernel adds those sums,
-1,024 at a time, until there is one. The relative error is below (8192 + 1024 log_1024(n)) 2^-53, 2e-12 for any model.
-Torch (the reference), Triton and `host.sum_of_squares` add in different orders: their last bits differ.
+The order is that of `host.sum_of_squares`, so that a step has the same clipping factor wherever it is made: of a chunk
+of 4,096 elements, lane l of 16 adds elements l, l + 16, ... in turn; lanes, and then chunks, are added in pairs of
+neighbours, as if zeros followed the last. No atomics: Triton, the host and the reference here have the same bits. With
+n elements the relative error is at most (256 + 4 + ceil(log2(n / 4096))) 2^-53, under 4e-14 for any model.
 
-Bytes an element: 2 (bf16) or 4 read, and 8/8192 written and read.
+Bytes an element: 2 (bf16) or 4 read, and 8/65536 written and read.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -22,27 +22,55 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from leapalign.kernels import host
 from leapalign.kernels.compilation import Compilation
 from leapalign.kernels.dispatch import jit, reaches, tl, triton
 
-LANES = 1024  # 8 a thread: 16 bytes of bf16
-TURNS = 8
-CHUNK = TURNS * LANES
+LANES = 16
+TURNS = 256  # elements that a lane adds
+CHUNK = LANES * TURNS
 SLAB = 1 << 20  # elements that the reference widens at a time: 8 MiB
-WARPS = 4
+CHUNKS = 16  # of a program, a power of two: with one warp 8 lanes a thread, 16 bytes of bf16
+AHEAD = 16  # turns that are loaded together: 8 KiB of bf16 on the way to a program
+FAN = 1024  # sums that a program of the second kernel adds, a power of two
+WARPS = 1
 
 
 # ---- reference -----------------------------------------------------------------------------------------------------
 
 
 def _in_torch(x: Tensor) -> Tensor:
-    total = torch.zeros((), dtype=torch.float64, device=x.device)
-    for slab in x.view(-1).split(SLAB):
-        total = total + slab.double().square().sum()
-    return total
+    partial = []
+    for slab in x.detach().view(-1).split(SLAB):
+        chunk = torch.nn.functional.pad(slab.double().square_(), (0, -slab.numel() % CHUNK)).view(-1, TURNS, LANES)
+        lanes = torch.zeros_like(chunk[:, 0])
+        for turn in chunk[:, : -(-slab.numel() // LANES)].unbind(1):  # torch.sum promises no order
+            lanes += turn
+        partial.append(_pairs(lanes))
+    return _pairs(torch.cat([*partial, torch.zeros(1, dtype=torch.float64, device=x.device)]))
+
+
+def _pairs(values: Tensor) -> Tensor:
+    """Add the last dimension in pairs of neighbours: (..., n) -> (...)."""
+    while values.shape[-1] > 1:
+        values = torch.nn.functional.pad(values, (0, values.shape[-1] % 2)).unflatten(-1, (-1, 2))
+        values = values[..., 0] + values[..., 1]
+    return values[..., 0]
 
 
 # ---- kernel --------------------------------------------------------------------------------------------------------
+
+
+@jit
+def _fold(
+    values,  # (a power of two,) fp64
+    HALVINGS: tl.constexpr,
+):
+    """Their sum in pairs of neighbours. Not `tl.sum`, whose order is the layout's."""
+    for _ in tl.static_range(HALVINGS):
+        left, right = values.reshape(values.shape[0] // 2, 2).split()
+        values = left + right
+    return tl.sum(values)  # of one
 
 
 @jit
@@ -50,19 +78,24 @@ def _square(
     x_ptr,  # (n,) fp32 or bf16
     sums_ptr,  # (programs,) fp64
     n,
-    TURNS: tl.constexpr,
-    LANES: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    AHEAD: tl.constexpr,
+    HALVINGS: tl.constexpr,  # log2 of 16 CHUNKS
 ):
-    """Program i: elements i TURNS LANES .."""
-    begin = tl.program_id(0).to(tl.int64) * (TURNS * LANES)
-    here = tl.minimum(n - begin, TURNS * LANES).to(tl.int32)
-    lane = tl.arange(0, LANES)
-    total = tl.zeros((LANES,), tl.float64)
-    for turn in tl.static_range(TURNS):
-        offset = turn * LANES + lane
-        x = tl.load(x_ptr + begin + offset, mask=offset < here, other=0).to(tl.float64)
-        total += x * x  # the product is exact: contracted or not, the same bits
-    tl.store(sums_ptr + tl.program_id(0), tl.sum(total))
+    """Program i: chunks i CHUNKS .."""
+    begin = tl.program_id(0).to(tl.int64) * (CHUNKS * 4096)
+    here = tl.minimum(n - begin, CHUNKS * 4096).to(tl.int32)
+    place = tl.arange(0, CHUNKS)[:, None] * 4096 + tl.arange(0, 16)[None, :]
+    total = tl.zeros((CHUNKS, 16), tl.float64)
+    for turn in range(0, tl.minimum(here, 4096), AHEAD * 16):  # the first chunk is the longest
+        for ahead in tl.static_range(AHEAD):
+            offset = place + (turn + ahead * 16)
+            x = tl.load(x_ptr + begin + offset, mask=offset < here, other=0)
+            if x.dtype == tl.bfloat16:  # by its bits: the interpreter's conversion does not know subnormal bf16
+                x = (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+            x = x.to(tl.float64)
+            total += x * x  # the product is exact: contracted or not, the same bits
+    tl.store(sums_ptr + tl.program_id(0), _fold(total.reshape(CHUNKS * 16), HALVINGS))
 
 
 @jit
@@ -70,25 +103,33 @@ def _add(
     values_ptr,  # (n,) fp64
     sums_ptr,  # (programs,) fp64
     n,
-    LANES: tl.constexpr,
+    FAN: tl.constexpr,
+    HALVINGS: tl.constexpr,  # log2 of FAN
 ):
-    """Program i: values i LANES .."""
-    index = tl.program_id(0) * LANES + tl.arange(0, LANES)
+    """Program i: values i FAN .."""
+    index = tl.program_id(0) * FAN + tl.arange(0, FAN)
     values = tl.load(values_ptr + index, mask=index < n, other=0)
-    tl.store(sums_ptr + tl.program_id(0), tl.sum(values))
+    tl.store(sums_ptr + tl.program_id(0), _fold(values, HALVINGS))
 
 
 # ---- launcher ------------------------------------------------------------------------------------------------------
 
 
+def _tile() -> dict[str, int]:
+    return {"CHUNKS": CHUNKS, "AHEAD": AHEAD, "HALVINGS": (CHUNKS * LANES).bit_length() - 1}
+
+
+def _fan() -> dict[str, int]:
+    return {"FAN": FAN, "HALVINGS": FAN.bit_length() - 1}
+
+
 def _launch(x: Tensor) -> Tensor:
-    options = {"LANES": LANES, "num_warps": WARPS}
-    sums = x.new_empty(triton.cdiv(x.numel(), CHUNK), dtype=torch.float64)  # until they are added
+    sums = x.new_empty(triton.cdiv(x.numel(), CHUNKS * CHUNK), dtype=torch.float64)  # until they are added
     with torch.cuda.device_of(x):
-        _square[(len(sums),)](x, sums, x.numel(), TURNS=TURNS, **options)
+        _square[(len(sums),)](x, sums, x.numel(), **_tile(), num_warps=WARPS)
         while len(sums) > 1:
-            values, sums = sums, sums.new_empty(triton.cdiv(len(sums), LANES))
-            _add[(len(sums),)](values, sums, len(values), **options)
+            values, sums = sums, sums.new_empty(triton.cdiv(len(sums), FAN))
+            _add[(len(sums),)](values, sums, len(values), **_fan(), num_warps=WARPS)
     return sums.view(())
 
 
@@ -99,7 +140,7 @@ def _launch(x: Tensor) -> Tensor:
 def _sum_of_squares(x: Tensor) -> Tensor:
     if x.numel() and reaches(x):
         return _launch(x)
-    return _in_torch(x)
+    return sum_of_squares_torch(x)
 
 
 @_sum_of_squares.register_fake
@@ -117,11 +158,24 @@ def sum_of_squares(x: Tensor) -> Tensor:
     Raises:
         ValueError: a wrong dtype or layout.
     """
-    if x.dtype not in (torch.float32, torch.bfloat16) or not x.is_contiguous():
-        raise ValueError(
-            f"x is {x.dtype} with strides {tuple(x.stride())}; sum_of_squares reads contiguous bfloat16 or float32"
-        )
+    _check(x)
     return _sum_of_squares(x)
+
+
+@torch.no_grad()
+def sum_of_squares_torch(x: Tensor) -> Tensor:
+    """`sum_of_squares` without Triton, the same bits: by the host's kernel in CPU memory, by the reference elsewhere.
+
+    Args:
+        x: as there.
+
+    Raises:
+        ValueError: as there.
+    """
+    _check(x)
+    if x.device.type == "cpu" and type(x) is Tensor:  # no fake one
+        return torch.tensor(host.sum_of_squares(x), dtype=torch.float64)
+    return _in_torch(x)
 
 
 @torch.no_grad()
@@ -146,6 +200,13 @@ def sum_of_squares_outer(left: Tensor, right: Tensor) -> Tensor:
     return torch.where(largest < torch.finfo(torch.float32).max / 2, total, largest / 0)
 
 
+def _check(x: Tensor) -> None:
+    if x.dtype not in (torch.float32, torch.bfloat16) or not x.is_contiguous():
+        raise ValueError(
+            f"x is {x.dtype} with strides {tuple(x.stride())}; sum_of_squares reads contiguous bfloat16 or float32"
+        )
+
+
 # ---- without a GPU -------------------------------------------------------------------------------------------------
 
 
@@ -155,22 +216,18 @@ def compilations() -> Iterator[Compilation]:
         yield Compilation(
             name=f"sum_of_squares.square {dtype}",
             kernel=_square,
-            signature={
-                "x_ptr": f"*{dtype}",
-                "sums_ptr": "*fp64",
-                "n": "i32",
-                "TURNS": "constexpr",
-                "LANES": "constexpr",
-            },
-            constants={"TURNS": TURNS, "LANES": LANES},
+            signature={"x_ptr": f"*{dtype}", "sums_ptr": "*fp64", "n": "i32", **dict.fromkeys(_tile(), "constexpr")},
+            constants=_tile(),
             aligned=("x_ptr", "sums_ptr", "n"),
             num_warps=WARPS,
+            unstreamed=("sums_ptr",),
         )
     yield Compilation(
         name="sum_of_squares.add",
         kernel=_add,
-        signature={"values_ptr": "*fp64", "sums_ptr": "*fp64", "n": "i32", "LANES": "constexpr"},
-        constants={"LANES": LANES},
+        signature={"values_ptr": "*fp64", "sums_ptr": "*fp64", "n": "i32", **dict.fromkeys(_fan(), "constexpr")},
+        constants=_fan(),
         aligned=("values_ptr", "sums_ptr", "n"),
         num_warps=WARPS,
+        unstreamed=("values_ptr", "sums_ptr"),
     )

@@ -59,6 +59,7 @@ class StreamedState:
             master=config.master,
             ema_decay=config.ema_decay if config.use_ema else None,
             seed=config.seed,
+            kernels=config.kernels,
         )
         self.optimizer.bind(model)
         self.step = 0

@@ -22,6 +22,7 @@ from leapalign.kernels.adamw8bit import (
     from_bitsandbytes,
     join_residual,
     split_residual,
+    square_root,
     to_bitsandbytes,
     update,
 )
@@ -158,6 +159,23 @@ def test_scale_is_applied_to_the_gradient() -> None:
     update(gradient=g, **clipped, hp=HYPER, seed=1, parameter=2, scale=0.3)
     update(gradient=g * 0.3, **plain, hp=HYPER, seed=1, parameter=2)
     assert same_bits(clipped, plain)
+
+
+@pytest.mark.parametrize("lowest", [0x3F800000, 0x00000000, 0x00800000, 0x7F000000])
+def test_roots_are_rounded_to_nearest(lowest: int) -> None:
+    """2^20 numbers from 1, 0, the smallest normal one, 2^127 on: x lies between the squares of the midpoints around √x.
+
+    A midpoint has 25 bits, so that its square is exact in double.
+    """
+    steps = torch.randint(
+        2**24 if lowest == 0x3F800000 else 2**23, (2**20,), generator=torch.Generator().manual_seed(30)
+    )
+    x = (steps.int() + lowest).view(torch.float32)
+    root = square_root(x)
+    below, above = (torch.nextafter(root, torch.full_like(root, end)).double() for end in (-math.inf, math.inf))
+    low, high = (root.double() + below) / 2, (root.double() + above) / 2
+    assert (low.clamp(min=0).square() <= x.double()).all() and (x.double() <= high.square()).all()
+    assert torch.equal(square_root(x.double()), x.double().sqrt())
 
 
 # ---- the weights' formats ------------------------------------------------------------------------------------------

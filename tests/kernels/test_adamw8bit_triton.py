@@ -6,10 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from leapalign.kernels import adamw8bit, adamw8bit_triton
+import leapalign.kernels.sum_of_squares as squares
+from leapalign.kernels import adamw8bit, adamw8bit_triton, host
 from leapalign.kernels.adamw8bit import Hyper
 from leapalign.kernels.adamw8bit_triton import update_outer, update_triton
 from leapalign.kernels.quantize import BLOCK, blocks_of
@@ -79,6 +82,17 @@ def test_a_guard_without_triton() -> None:
     assert same_bits(before, tensors)
     update_triton(gradient=g.nan_to_num(), **tensors, **OPTIONS, guard=torch.tensor(1.0))
     assert not same_bits(before, tensors)
+
+
+@settings(deadline=None)
+@given(count=st.integers(0, 3 * squares.CHUNK), offset=st.integers(0, 40))
+def test_sum_of_squares_on_another_device_has_the_bits_of_the_host(count: int, offset: int) -> None:
+    """By the reference, that runs where there is neither Triton nor the host's memory; in slabs of two chunks."""
+    x = randn(count + offset, seed=9)[offset:].mul(5).exp()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(squares, "SLAB", 2 * squares.CHUNK)
+        assert squares._in_torch(x).item() == host.sum_of_squares(x)
+    assert squares._in_torch(x.bfloat16()).item() == host.sum_of_squares(x.bfloat16()) == sum_of_squares(x.bfloat16())
 
 
 def test_an_empty_run() -> None:
