@@ -1,0 +1,311 @@
+// One step of AdamW with 8-bit moments over blocks of 256 elements, bit for bit kernels/adamw8bit.py, which has the
+// equations, the formats and the order of the operations. Nothing here may be contracted to fused multiply-adds but the
+// guess of a place in the map, which decides nothing where that could matter.
+//
+// Three blocks are in work at once: the codes of the next are looked up (load units), this one is updated (divider), and
+// the new moments of the one before, whose largest are known by then, are encoded (multipliers and permutations).
+#pragma once
+
+#include "rounding.h"
+
+namespace leapalign::LEAPALIGN_ISA {
+
+enum class Format { fp32, stochastic, residual, master };
+
+// Where the 256 elements of a block are: in the run's memory, or, where the run ends within the block, in a copy.
+struct Block {
+    Floats weights, gradient, ema;
+    uint8_t *codes_m, *codes_v;
+    int8_t *residual;
+    float *master;
+};
+
+LEAPALIGN_INLINE Floats at(Floats x, size_t index) {
+    if (!x) return x;
+    return {x.bf16 ? static_cast<void *>(x.half() + index) : x.fp32() + index, x.bf16};
+}
+
+LEAPALIGN_INLINE size_t width_of(Floats x) { return x.bf16 ? sizeof(uint16_t) : sizeof(float); }
+
+// The last block of a run, filled up with zeros.
+struct Copy {
+    alignas(64) float weights[kBlock], gradient[kBlock], ema[kBlock], master[kBlock];
+    alignas(64) uint8_t codes_m[kBlock], codes_v[kBlock];
+    alignas(64) int8_t residual[kBlock];
+
+    Block fill(const Block &block, size_t length) {
+        std::memset(weights, 0, sizeof weights);
+        std::memset(gradient, 0, sizeof gradient);
+        std::memset(ema, 0, sizeof ema);
+        std::memset(master, 0, sizeof master);
+        std::memset(codes_m, 127, sizeof codes_m);  // the code of 0
+        std::memset(codes_v, 0, sizeof codes_v);
+        std::memset(residual, 0, sizeof residual);
+        std::memcpy(weights, block.weights.data, length * width_of(block.weights));
+        if (block.gradient) std::memcpy(gradient, block.gradient.data, length * width_of(block.gradient));
+        if (block.ema) std::memcpy(ema, block.ema.data, length * width_of(block.ema));
+        if (block.master) std::memcpy(master, block.master, length * sizeof(float));
+        std::memcpy(codes_m, block.codes_m, length);
+        std::memcpy(codes_v, block.codes_v, length);
+        if (block.residual) std::memcpy(residual, block.residual, length);
+        const auto filled = [](Floats from, float *here) { return Floats{from ? here : nullptr, from.bf16}; };
+        return {filled(block.weights, weights), filled(block.gradient, gradient), filled(block.ema, ema), codes_m, codes_v,
+                block.residual ? residual : nullptr, block.master ? master : nullptr};
+    }
+
+    void write_back(const Block &block, size_t length) const {
+        std::memcpy(block.weights.data, weights, length * width_of(block.weights));
+        if (block.ema) std::memcpy(block.ema.data, ema, length * width_of(block.ema));
+        if (block.master) std::memcpy(block.master, master, length * sizeof(float));
+        std::memcpy(block.codes_m, codes_m, length);
+        std::memcpy(block.codes_v, codes_v, length);
+        if (block.residual) std::memcpy(block.residual, residual, length);
+    }
+};
+
+Block block_of(const Run &run, size_t block) {
+    const size_t begin = block * kBlock;
+    return {at(run.weights, begin), at(run.gradient, begin), at(run.ema, begin), run.codes_m + begin, run.codes_v + begin,
+            run.residual ? run.residual + begin : nullptr, run.master ? run.master + begin : nullptr};
+}
+
+LEAPALIGN_INLINE size_t length_of(const Run &run, size_t block) {
+    const size_t left = run.count - block * kBlock;
+    return left < kBlock ? left : kBlock;
+}
+
+template <typename Scalar>
+LEAPALIGN_INLINE void add_scaled(float *LEAPALIGN_RESTRICT sum, float factor, const Scalar *LEAPALIGN_RESTRICT x, size_t count) {
+    for (size_t i = 0; i < count; ++i) sum[i] += factor * widened(x[i]);
+}
+
+// A block of left^T right, adamw8bit_triton.expand: from zero, in order of the terms, products and sums rounded.
+void expand(const Run &run, size_t block, float *gradient  // (256,)
+) {
+    const Factors &factors = run.factors;
+    const size_t begin = block * kBlock, end = begin + length_of(run, block);
+    std::memset(gradient, 0, kBlock * sizeof(float));
+    for (size_t from = begin; from < end;) {
+        const size_t row = from / factors.cols, col = from % factors.cols;
+        const size_t length = end - from < factors.cols - col ? end - from : factors.cols - col;
+        for (size_t term = 0; term < factors.terms; ++term) {
+            const size_t left = term * factors.rows + row, right = term * factors.cols + col;
+            const float factor = factors.left.bf16 ? widened(factors.left.half()[left]) : factors.left.fp32()[left];
+            if (factors.right.bf16) {
+                add_scaled(gradient + (from - begin), factor, factors.right.half() + right, length);
+            } else {
+                add_scaled(gradient + (from - begin), factor, factors.right.fp32() + right, length);
+            }
+        }
+        from += length;
+    }
+}
+
+bool finite_factors(const Run &run, size_t first, size_t last) {
+    alignas(64) float gradient[kBlock];
+    for (size_t block = first; block < last; ++block) {
+        expand(run, block, gradient);
+        if (!all_finite(gradient, kBlock)) return false;
+    }
+    return true;
+}
+
+// One moment of a block, from its update until it is encoded.
+template <bool kSigned>
+struct Moment {
+    alignas(64) float values[kBlock];
+    uint8_t *codes;
+    float inverse;         // of the largest
+    bool waiting = false;  // to be encoded
+
+    // Takes what needs no search: a block of zeros, and one that is not finite.
+    void close(const Map &map, uint32_t peak, uint8_t *to, float *absmax) {
+        const float largest = float_of(peak);
+        *absmax = largest;
+        codes = to;
+        inverse = 1.0f / (peak > 0x00800000u ? largest : 0x1p-126f);
+        waiting = peak != 0 && peak < 0x7F800000u;
+        if (peak == 0) std::memset(codes, kSigned ? 127 : 0, kBlock);
+        if (peak >= 0x7F800000u) {
+            for (size_t i = 0; i < kBlock; ++i) codes[i] = exact(map, i);
+        }
+    }
+
+    uint8_t exact(const Map &map, size_t i) const {
+        const uint8_t code = map.code(values[i] * inverse);
+        return !kSigned && code == 0 ? uint8_t{1} : code;
+    }
+
+    LEAPALIGN_METHOD Vector encode(const Encoder<kSigned> &encoder, size_t i) const {
+        return encoder.encode(values + i, spread(inverse), codes + i);
+    }
+
+    // Looks up the codes whose places are too near to an integer.
+    void settle(const Encoder<kSigned> &encoder, const Map &map) const {
+        for (size_t i = 0; i < kBlock; i += kWidth) {
+            alignas(64) float behind[kWidth];
+            store(behind, encode(encoder, i));
+            for (size_t j = 0; j < kWidth; ++j) {
+                if (behind[j] < kDoubt) codes[i + j] = exact(map, i + j);
+            }
+        }
+    }
+};
+
+template <Format kFormat>
+void steps(const Run &run, size_t first, size_t last) {
+    const Map &map_m = signed_map(), &map_v = unsigned_map();
+    const Decoder<true> decoder_m(map_m);
+    const Decoder<false> decoder_v(map_v);
+    const Encoder<true> encoder_m(map_m);
+    const Encoder<false> encoder_v(map_v);
+    const Vector scale = spread(run.scale), gain_m = spread(run.gain_m), decay_v = spread(run.decay_v);
+    const Vector gain_v = spread(run.gain_v), root_bias = spread(run.root_bias), eps = spread(run.eps);
+    const Vector decay_w = spread(run.decay_w), rate = spread(run.rate);
+    constexpr bool kDirect = kFormat == Format::fp32 || kFormat == Format::stochastic;
+
+    alignas(64) float decoded_m[2][kBlock], decoded_root[2][kBlock];  // values of the map
+    alignas(64) float expanded[kBlock], weights[kBlock];
+    alignas(64) uint16_t draws[kBlock];
+    Moment<true> moments[2];
+    Moment<false> roots[2];
+    Copy copy;
+    Block now{}, next{}, tail{};
+
+    const auto open = [&](size_t block) {
+        Block found = block_of(run, block);
+        if (length_of(run, block) < kBlock) {
+            tail = found;
+            found = copy.fill(found, length_of(run, block));
+        }
+        return found;
+    };
+    next = open(first);
+    for (size_t i = 0; i < kBlock; i += kWidth) {
+        decoder_m.decode(next.codes_m + i, decoded_m[first % 2] + i);
+        decoder_v.decode(next.codes_v + i, decoded_root[first % 2] + i);
+    }
+    for (size_t block = first; block <= last; ++block) {
+        const bool updates = block < last, decodes = block + 1 < last;
+        const size_t here = block % 2, other = 1 - here;
+        Moment<true> &moment = moments[here], &old_moment = moments[other];
+        Moment<false> &root = roots[here], &old_root = roots[other];
+        Vector behind_m = spread(1), behind_v = spread(1), absmax_m{}, absmax_v{};
+        Peak peak_m, peak_v;
+        now = next;
+        if (decodes) next = open(block + 1);
+        if (updates) {
+            absmax_m = spread(run.absmax_m[block]);
+            absmax_v = spread(run.absmax_v[block]);
+            if (!run.gradient) {
+                expand(run, block, expanded);
+                now.gradient = {expanded, false};
+            }
+            if (kFormat == Format::stochastic) {
+                draw_block(run.stream, (run.first + block * kBlock) / kDrawsPerCounter, draws);
+            }
+            if (kFormat == Format::residual) {
+                for (size_t i = 0; i < kBlock; ++i) weights[i] = joined(now.weights.half()[i], now.residual[i]);
+            }
+        }
+
+        const Floats gradient = now.gradient;
+        uint16_t *const half = now.weights.half();
+        float *const full = kFormat == Format::fp32     ? now.weights.fp32()
+                            : kFormat == Format::master ? now.master
+                                                        : weights;
+        const float *const was_m = decoded_m[here], *const was_root = decoded_root[here];
+        float *const next_m = decoded_m[other], *const next_root = decoded_root[other];
+
+        const auto update_moments = [&](size_t i) {
+            Vector g = gradient.bf16 ? load(gradient.half() + i) : load(gradient.fp32() + i);
+            g = mul(g, scale);
+            Vector m = mul(load(was_m + i), absmax_m);
+            Vector v = mul(load(was_root + i), absmax_v);
+            m = add(m, mul(sub(g, m), gain_m));
+            v = add(mul(mul(v, v), decay_v), mul(mul(g, gain_v), g));
+            const Vector r = root_of(v);
+            store(moment.values + i, m);
+            store(root.values + i, r);
+            peak_m.include(m);
+            peak_v.include(r);
+        };
+        const auto update_weights = [&](size_t i) {
+            const Vector m = load(moment.values + i), r = load(root.values + i);
+            Vector w = kFormat == Format::stochastic ? load(half + i) : load(full + i);
+            w = sub(mul(w, decay_w), div(mul(m, rate), add(div(r, root_bias), eps)));
+            if (kFormat == Format::stochastic) {
+                store_stochastic(half + i, w, draws + i);
+            } else {
+                store(full + i, w);
+            }
+        };
+
+        if (updates && decodes && old_moment.waiting && old_root.waiting) {
+            for (size_t i = 0; i < kBlock; i += kWidth) {
+                decoder_m.decode(next.codes_m + i, next_m + i);
+                update_moments(i);
+            }
+            for (size_t i = 0; i < kBlock; i += kWidth) {
+                decoder_v.decode(next.codes_v + i, next_root + i);
+                update_weights(i);
+                behind_m = least(behind_m, old_moment.encode(encoder_m, i));
+                behind_v = least(behind_v, old_root.encode(encoder_v, i));
+            }
+        } else {
+            for (size_t i = 0; decodes && i < kBlock; i += kWidth) {
+                decoder_m.decode(next.codes_m + i, next_m + i);
+                decoder_v.decode(next.codes_v + i, next_root + i);
+            }
+            for (size_t i = 0; updates && i < kBlock; i += kWidth) update_moments(i);
+            for (size_t i = 0; updates && i < kBlock; i += kWidth) update_weights(i);
+            for (size_t i = 0; old_moment.waiting && i < kBlock; i += kWidth) {
+                behind_m = least(behind_m, old_moment.encode(encoder_m, i));
+            }
+            for (size_t i = 0; old_root.waiting && i < kBlock; i += kWidth) {
+                behind_v = least(behind_v, old_root.encode(encoder_v, i));
+            }
+        }
+        if (any_below(behind_m, kDoubt)) old_moment.settle(encoder_m, map_m);
+        if (any_below(behind_v, kDoubt)) old_root.settle(encoder_v, map_v);
+        old_moment.waiting = old_root.waiting = false;
+        if (!updates) break;
+
+        moment.close(map_m, peak_m.all(), now.codes_m, run.absmax_m + block);
+        root.close(map_v, peak_v.all(), now.codes_v, run.absmax_v + block);
+        if (!kDirect) {
+            uint16_t *to = now.weights.half();
+            for (size_t i = 0; i < kBlock; ++i) {
+                if (kFormat == Format::residual) {
+                    split(weights[i], to[i], now.residual[i]);
+                    weights[i] = joined(to[i], now.residual[i]);
+                } else {
+                    to[i] = rounded_to_nearest(now.master[i]);
+                }
+            }
+        }
+        if (run.ema) {
+            const uint64_t place = kAverageStream + run.first + block * kBlock;
+            const Floats stored = kFormat == Format::residual ? Floats{weights, false}
+                                  : kFormat == Format::master ? Floats{now.master, false}
+                                                              : now.weights;
+            ema(now.ema, stored, run.gain_ema, place, run.stream, 0, kBlock);
+        }
+    }
+    if (tail.codes_m) copy.write_back(tail, length_of(run, last - 1));
+}
+
+void adamw8bit(const Run &run, size_t first, size_t last) {
+    if (first == last) return;
+    if (run.master) {
+        steps<Format::master>(run, first, last);
+    } else if (run.residual) {
+        steps<Format::residual>(run, first, last);
+    } else if (run.weights.bf16) {
+        steps<Format::stochastic>(run, first, last);
+    } else {
+        steps<Format::fp32>(run, first, last);
+    }
+}
+
+}  // namespace leapalign::LEAPALIGN_ISA
