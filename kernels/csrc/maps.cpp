@@ -99,8 +99,9 @@ struct Line {
     }
 };
 
-// The line below values[first .. last] that is nearest to them. The values were rounded three times, and the slope is
-// once: among some slopes around the mean one there is one that none is more than three units above.
+// The line below values[first .. last] that is nearest to them: of the smallest of them, a unit is an eighth of what it is
+// of the largest and of the offset, which is negative and as large. Among some slopes around the mean one there is one
+// that none of the values is more than six units above.
 Line line_below(const float *values, int first, int last) {
     if (first == last) return {0.0f, values[first]};
     const float mean = (values[last] - values[first]) / static_cast<float>(last - first);
@@ -114,14 +115,14 @@ Line line_below(const float *values, int first, int last) {
         const int32_t found = line.missing(values, first, last).second;
         if (found < most) most = found, best = line;
     }
-    if (most > 3) throw std::logic_error("a value of the map is too far from its line");
+    if (most > 15) throw std::logic_error("a value of the map is too far from its line");
     return best;
 }
 
 void fill_value_lines(Map &map) {
     std::fill(map.value_slope, map.value_slope + 16, 0.0f);
     std::fill(map.value_offset, map.value_offset + 16, 0.0f);
-    std::fill(map.fixes, map.fixes + 16, 0u);
+    std::fill(map.fixes, map.fixes + 32, 0u);
     const int zero = map.is_signed ? 127 : -1;  // f is code - zero; the unsigned map's f = 1 is the value 0
     const int end = map.is_signed ? 128 : 256;
     const float *const values = map.values + 127;  // of the signed map's f
@@ -136,8 +137,8 @@ void fill_value_lines(Map &map) {
         for (int f = first; f <= last; ++f) {
             const uint32_t fix = static_cast<uint32_t>(line.missing(of, f, f).first);
             const int code = zero + f, opposite = zero - f;
-            map.fixes[code / 16] |= fix << (2 * (code % 16));
-            if (map.is_signed && opposite >= 0) map.fixes[opposite / 16] |= fix << (2 * (opposite % 16));
+            map.fixes[code / 8] |= fix << (4 * (code % 8));
+            if (map.is_signed && opposite >= 0) map.fixes[opposite / 8] |= fix << (4 * (opposite % 8));
         }
     }
 }

@@ -23,9 +23,9 @@ struct Map {
 
     // Values as lines over the number of the magnitude, f = |code - 127| in the signed map and code + 1 in the unsigned
     // one, for each exponent of f (modulo 16): the value has the bits of fma(f, value_slope, value_offset) and fixes more,
-    // two bits for each code.
+    // four bits for each code.
     float value_slope[16], value_offset[16];
-    uint32_t fixes[16];
+    uint32_t fixes[32];
 
     // The code of y by the definition: for any y, nan included.
     LEAPALIGN_METHOD uint8_t code(float y) const {

@@ -53,10 +53,10 @@ struct Peak {
 template <bool kSigned>
 struct Decoder {
     Vector slope, offset;
-    __m512i fixes;
+    __m512i fixes[2];
 
     explicit Decoder(const Map &map)
-        : slope(load(map.value_slope)), offset(load(map.value_offset)), fixes(_mm512_loadu_si512(map.fixes)) {}
+        : slope(load(map.value_slope)), offset(load(map.value_offset)), fixes{_mm512_loadu_si512(map.fixes), _mm512_loadu_si512(map.fixes + 16)} {}
 
     // kWidth codes to the values of the map, by the lines of Map: a third of the instructions of sixteen look-ups.
     LEAPALIGN_METHOD void decode(const uint8_t *codes, float *to) const {
@@ -73,9 +73,9 @@ struct Decoder {
         } else {
             value = _mm512_fmadd_ps(f, rise, start);
         }
-        const __m512i sixteen = _mm512_permutexvar_epi32(_mm512_srli_epi32(code, 4), fixes);
-        const __m512i fix = _mm512_rorv_epi32(sixteen, _mm512_add_epi32(code, code));  // modulo 32
-        const __m512i fixed = _mm512_add_epi32(bits(value), _mm512_and_si512(fix, _mm512_set1_epi32(3)));
+        const __m512i eight = _mm512_permutex2var_epi32(fixes[0], _mm512_srli_epi32(code, 3), fixes[1]);
+        const __m512i fix = _mm512_rorv_epi32(eight, _mm512_slli_epi32(code, 2));  // modulo 32
+        const __m512i fixed = _mm512_add_epi32(bits(value), _mm512_and_si512(fix, _mm512_set1_epi32(15)));
         _mm512_storeu_si512(to, fixed);
     }
 };
