@@ -68,7 +68,7 @@ struct Decoder {
         Vector start = _mm512_permutexvar_ps(exponent, offset), value;
         if (kSigned) {  // the sign of f; 0, whose exponent is another one's modulo 16, stays 0
             const __m512i sign = _mm512_set1_epi32(static_cast<int32_t>(0x80000000u));
-            start = _mm512_castsi512_ps(_mm512_ternarylogic_epi32(bits(start), bits(f), sign, 0xF8));  // a | (b & c)
+            start = _mm512_castsi512_ps(_mm512_ternarylogic_epi32(bits(start), bits(f), sign, 0x78));  // a ^ (b & c)
             value = _mm512_maskz_fmadd_ps(_mm512_test_epi32_mask(place, place), f, rise, start);
         } else {
             value = _mm512_fmadd_ps(f, rise, start);
