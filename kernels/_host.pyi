@@ -26,7 +26,7 @@ def adamw8bit(
     gain_m: float,
     decay_v: float,
     gain_v: float,
-    root_bias: float,
+    root_gain: float,
     eps: float,
     decay_w: float,
     rate: float,

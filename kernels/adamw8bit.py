@@ -22,9 +22,9 @@ Weights are one of
   are, and the sum of both is exact. An update below 2^-17 |w| is lost;
 - bfloat16 with a float32 `master`, of which they are the rounding to nearest.
 
-Every operation is rounded once to fp32, with the scalars computed in double and then rounded: the same bits on any
-device, for any split into runs of whole blocks. A kernel that follows must not contract to fused multiply-adds. Torch
-itself needs two detours: `square_root`, and a quotient by a tensor where a GPU would multiply by a number's reciprocal.
+Every operation is rounded once to fp32, with the scalars computed in double and then rounded, the factor on √v,
+1 / √(1 - β2^t), among them: the same bits on any device, for any split into runs of whole blocks. A kernel that follows
+must not contract to fused multiply-adds. Torch itself needs a detour, `square_root`.
 
 Bytes an element, bf16 weights and fp32 gradients: 2 + 4 + 2 · (1 + 4/256) read and 2 + 2 · (1 + 4/256) written, 12.06;
 with a residual 2 more, with a master 6 (bf16 is then not read), with an average 4 (bf16) or 8 (fp32) more.
@@ -76,7 +76,7 @@ def adamw(w: Tensor, g: Tensor, m: Tensor, v: Tensor, hp: Hyper) -> tuple[Tensor
     assert hp.step >= 1, "steps are counted from 1"
     m = m + (g - m) * (1 - hp.beta1)
     v = v * hp.beta2 + g * (1 - hp.beta2) * g
-    root = square_root(v) / v.new_full((), math.sqrt(1 - hp.beta2**hp.step))
+    root = square_root(v) * (1 / math.sqrt(1 - hp.beta2**hp.step))
     w = w * (1 - hp.lr * hp.weight_decay)
     return w - m * (hp.lr / (1 - hp.beta1**hp.step)) / (root + hp.eps), m, v
 

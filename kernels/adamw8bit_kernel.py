@@ -12,7 +12,7 @@ moments again, all in registers. Where it reads otherwise than the definition:
 - Draws. Eight of them are one Philox: the words of (blocks, 32) counters are joined to (blocks, 256).
 - The largest of a block is the largest of the bit patterns of |x|: those of nan are above infinity's.
 
-fp32 products and sums are not contracted (`enable_fp_fusion=False`), quotients and roots are IEEE's, subnormals are
+fp32 products and sums are not contracted (`enable_fp_fusion=False`), the quotient and the root are IEEE's, subnormals are
 kept: every operation is rounded once, as the definition says.
 
 Bytes an element: `leapalign.kernels.adamw8bit_triton`, which is the way in: the launcher checks nothing.
@@ -159,7 +159,7 @@ def _update(
     gain_m,  # 1 - β1
     decay_v,  # β2
     gain_v,  # 1 - β2
-    root_bias,  # √(1 - β2^t)
+    root_gain,  # 1 / √(1 - β2^t)
     eps,
     decay_w,  # 1 - lr λ
     rate,  # lr / (1 - β1^t)
@@ -220,7 +220,7 @@ def _update(
         bits = w.to(tl.int16, bitcast=True).to(tl.int32)
         w = (((((bits & 0x7FFF) << 8) + low) << 8) | ((bits >> 31) << 31)).to(tl.float32, bitcast=True)
     w = _widened(w)
-    w = w * decay_w - tl.div_rn(m * rate, tl.div_rn(root, root_bias) + eps)
+    w = w * decay_w - tl.div_rn(m * rate, root * root_gain + eps)
 
     philox_block = (first_block.to(tl.int64) + block) * 32
     if master_ptr is not None:
@@ -330,7 +330,7 @@ def launch(
             1 - hp.beta1,
             hp.beta2,
             1 - hp.beta2,
-            math.sqrt(1 - hp.beta2**hp.step),
+            1 / math.sqrt(1 - hp.beta2**hp.step),
             hp.eps,
             1 - hp.lr * hp.weight_decay,
             hp.lr / (1 - hp.beta1**hp.step),
@@ -377,7 +377,7 @@ def _compilation(weights: str, gradient: str, average: str | None) -> Compilatio
         "tables_ptr": "fp32",
     }
     integers = ("n", "rows", "cols", "terms", "first_block", "seed_low", "seed_high", "parameter", "step")
-    floats = ("scale", "gain_m", "decay_v", "gain_v", "root_bias", "eps", "decay_w", "rate", "gain_ema")
+    floats = ("scale", "gain_m", "decay_v", "gain_v", "root_gain", "eps", "decay_w", "rate", "gain_ema")
     constants = {
         **{name: None for name, kind in pointers.items() if kind is None},
         "AVERAGE": AVERAGE_STREAM // DRAWS_PER_BLOCK,

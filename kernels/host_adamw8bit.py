@@ -89,7 +89,7 @@ def update(
         "adamw8bit",
         *arguments,
         *(seed, hp.step, parameter, first, scale),
-        *(1 - hp.beta1, hp.beta2, 1 - hp.beta2, math.sqrt(1 - hp.beta2**hp.step), hp.eps),
+        *(1 - hp.beta1, hp.beta2, 1 - hp.beta2, 1 / math.sqrt(1 - hp.beta2**hp.step), hp.eps),
         *(1 - hp.lr * hp.weight_decay, hp.lr / (1 - hp.beta1**hp.step), 1 - ema_decay),
         guard is not None,
         threads=threads,

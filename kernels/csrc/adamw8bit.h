@@ -160,7 +160,7 @@ void steps(const Run &run, size_t first, size_t last) {
     const Encoder<true> encoder_m(map_m);
     const Encoder<false> encoder_v(map_v);
     const Vector scale = spread(run.scale), gain_m = spread(run.gain_m), decay_v = spread(run.decay_v);
-    const Vector gain_v = spread(run.gain_v), root_bias = spread(run.root_bias), eps = spread(run.eps);
+    const Vector gain_v = spread(run.gain_v), root_gain = spread(run.root_gain), eps = spread(run.eps);
     const Vector decay_w = spread(run.decay_w), rate = spread(run.rate);
     constexpr bool kDirect = kFormat == Format::fp32 || kFormat == Format::stochastic;
 
@@ -233,7 +233,7 @@ void steps(const Run &run, size_t first, size_t last) {
         const auto update_weights = [&](size_t i) {
             const Vector m = load(moment.values + i), r = load(root.values + i);
             Vector w = kFormat == Format::stochastic ? load(half + i) : load(full + i);
-            w = sub(mul(w, decay_w), div(mul(m, rate), add(div(r, root_bias), eps)));
+            w = sub(mul(w, decay_w), div(mul(m, rate), add(mul(r, root_gain), eps)));
             if (kFormat == Format::stochastic) {
                 store_stochastic(half + i, w, draws + i);
             } else {

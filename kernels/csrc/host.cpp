@@ -122,7 +122,7 @@ bool stays_finite(const Factors &factors) {
 Handle adamw8bit(Array weights, Optional gradient, Optional left, Optional right, Array codes_m, Array absmax_m,
                  Array codes_v, Array absmax_v, Optional residual, Optional master, Optional ema, uint64_t seed,
                  uint32_t step, uint32_t parameter, uint64_t first, double scale, double gain_m, double decay_v,
-                 double gain_v, double root_bias, double eps, double decay_w, double rate, double gain_ema, bool guarded,
+                 double gain_v, double root_gain, double eps, double decay_w, double rate, double gain_ema, bool guarded,
                  size_t threads) {
     const size_t count = weights.size(), blocks = ceil_div(count, kBlock);
     Run run{};
@@ -150,7 +150,7 @@ Handle adamw8bit(Array weights, Optional gradient, Optional left, Optional right
     if (first % kBlock) throw std::invalid_argument("first is not the beginning of a block");
     const auto once = [](double value) { return static_cast<float>(value); };
     run.scale = once(scale), run.gain_m = once(gain_m), run.decay_v = once(decay_v), run.gain_v = once(gain_v);
-    run.root_bias = once(root_bias), run.eps = once(eps), run.decay_w = once(decay_w), run.rate = once(rate);
+    run.root_gain = once(root_gain), run.eps = once(eps), run.decay_w = once(decay_w), run.rate = once(rate);
     run.gain_ema = once(gain_ema);
 
     const Kernels *kernels = chosen;
@@ -288,7 +288,7 @@ NB_MODULE(_host, module) {
                nb::arg("right").none(), nb::arg("codes_m"), nb::arg("absmax_m"), nb::arg("codes_v"), nb::arg("absmax_v"),
                nb::arg("residual").none(), nb::arg("master").none(), nb::arg("ema").none(), nb::arg("seed"),
                nb::arg("step"), nb::arg("parameter"), nb::arg("first"), nb::arg("scale"), nb::arg("gain_m"),
-               nb::arg("decay_v"), nb::arg("gain_v"), nb::arg("root_bias"), nb::arg("eps"), nb::arg("decay_w"),
+               nb::arg("decay_v"), nb::arg("gain_v"), nb::arg("root_gain"), nb::arg("eps"), nb::arg("decay_w"),
                nb::arg("rate"), nb::arg("gain_ema"), nb::arg("guarded"), nb::arg("threads"));
     module.def("round_stochastic", &round_stochastic, nb::arg("x"), nb::arg("out"), nb::arg("seed"), nb::arg("step"),
                nb::arg("parameter"), nb::arg("offset"), nb::arg("threads"));

@@ -50,7 +50,7 @@ struct Run {
     int8_t *residual;  // (n,), or none
     float *master;     // (n,), or none
     Floats ema;        // (n,), or none
-    float scale, gain_m, decay_v, gain_v, root_bias, eps, decay_w, rate, gain_ema;
+    float scale, gain_m, decay_v, gain_v, root_gain, eps, decay_w, rate, gain_ema;
 };
 
 struct Kernels {
