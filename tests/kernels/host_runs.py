@@ -1,4 +1,4 @@
-"""Runs for the host kernels' tests: tensors of every format, gradients of every kind, and what counts as the same bits."""
+"""Runs for the host kernels' tests: tensors of every format, gradients of every kind, and what the same bits are."""
 
 from __future__ import annotations
 

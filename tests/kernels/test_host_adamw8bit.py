@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from typing import Any
 
 import pytest
@@ -39,7 +40,9 @@ def factors_of(count: int, seed: int, dtype: torch.dtype) -> tuple[Tensor, Tenso
     return randn(3, rows, seed=seed).to(dtype), randn(3, count // rows, seed=seed + 1).to(dtype)
 
 
-def step_both(theirs: dict[str, Any], ours: dict[str, Any], gradient: Any, hp: Hyper, threads: int, **more: Any) -> None:
+def step_both(
+    theirs: dict[str, Any], ours: dict[str, Any], gradient: Any, hp: Hyper, threads: int, **more: Any
+) -> None:
     """One step of the reference and one of the host's."""
     dense = gradient if isinstance(gradient, Tensor) else expand(*gradient).view(-1)
     adamw8bit.update(gradient=dense, **theirs, hp=hp, **{**OPTIONS, **more})
@@ -84,7 +87,7 @@ def test_every_kind_of_gradient(isa: str, kind: str, weights: str) -> None:
 
 
 @needs_native
-@settings(max_examples=150)
+@settings(max_examples=120)
 @given(
     isa=ISAS,
     kinds=st.lists(st.sampled_from(list(GRADIENTS)), min_size=1, max_size=4),
@@ -136,6 +139,7 @@ def test_the_bits_do_not_depend_on_the_threads(isa: str, weights: str) -> None:
 
 
 @needs_native
+@settings(max_examples=40)
 @given(cuts=st.sets(st.integers(1, 9)), isa=ISAS, threads=st.integers(1, 3), seed=st.integers(0, 99))
 def test_the_bits_do_not_depend_on_how_a_parameter_is_cut(cuts: set[int], isa: str, threads: int, seed: int) -> None:
     """Runs that are handed over one after the other, and waited for at the end."""
@@ -255,3 +259,33 @@ def test_every_code_is_decoded_exactly(isa: str) -> None:
     assert not differing(run, theirs)
     assert torch.equal(run["absmax_m"], m.abs().amax(1))
     assert torch.equal(run["absmax_v"], v.amax(1))
+
+
+# ---- stochastic rounding -------------------------------------------------------------------------------------------
+
+
+@every_isa
+def test_weights_and_averages_are_rounded_up_as_often_as_they_should_be(isa: str) -> None:
+    """Every number from 1 to 1 + 2^-7, the next bfloat16, 2^-23 apart, eight times: 65,536 fractions f of a place.
+
+    Bias corrections and roots vanish against an eps as large as lr: w becomes -g, without rounding, before it is rounded
+    to bfloat16. In each of 64 ranges of fractions the 8,192 draws round up Σ f times, with variance Σ f (1 - f). The sum
+    of squares, in units of that, is nearly chi-square with 64 degrees of freedom: over 64 + 6 √128 by chance once in
+    a million.
+    """
+    fraction = torch.arange(2**16).repeat_interleave(8) / 2**16
+    x = 1 + fraction * 2**-7
+    hp = Hyper(lr=2.0**100, beta1=0.0, beta2=0.0, eps=2.0**100, weight_decay=0.0, step=1)
+    run = run_of("bfloat16", torch.bfloat16, x.numel(), 18, size=0.0)
+    with host.instruction_set(isa):
+        host_adamw8bit.update(gradient=-x, **run, hp=hp, seed=19, parameter=20).wait()
+        # Half the way from 0 to 2 x, also without rounding.
+        average = torch.zeros(x.numel(), dtype=torch.bfloat16)
+        host.ema(average, 2 * x, 0.5, seed=19, step=1, parameter=20).wait()
+    variance = (fraction * (1 - fraction)).view(64, -1).double().sum(1)
+    for rounded in (run["weights"], average):
+        up = (rounded.double() - 1) * 2**7
+        assert set(up.unique().tolist()) == {0.0, 1.0}
+        beyond = (up - fraction).view(64, -1).sum(1)
+        assert (beyond.square() / variance).sum() < 64 + 6 * math.sqrt(128)
+    assert not torch.equal(run["weights"], average)  # other draws
