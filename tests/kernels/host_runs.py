@@ -46,7 +46,7 @@ every_isa = pytest.mark.parametrize(
 
 
 def randn(*shape: int, seed: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def uniform(count: int, low: float, high: float, seed: int) -> Tensor:

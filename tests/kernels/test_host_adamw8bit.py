@@ -108,7 +108,8 @@ def test_every_kind_of_gradient(isa: str, kind: str, weights: str) -> None:
 )
 def test_everything_at_once(
     isa: str, kinds: list[str], weights: str, average: torch.dtype | None, dtype: torch.dtype, blocks: int, tail: int,
-    size: float, threads: int, first: int, scale: float, unaligned: bool, beta1: float, eps: float, lr: float, seed: int,
+    size: float, threads: int, first: int, scale: float, unaligned: bool, beta1: float, eps: float, lr: float,
+    seed: int,
 ) -> None:  # fmt: skip
     count = blocks * BLOCK + tail
     theirs = run_of(weights, average, count, seed, size)
@@ -268,10 +269,9 @@ def test_every_code_is_decoded_exactly(isa: str) -> None:
 def test_weights_and_averages_are_rounded_up_as_often_as_they_should_be(isa: str) -> None:
     """Every number from 1 to 1 + 2^-7, the next bfloat16, 2^-23 apart, eight times: 65,536 fractions f of a place.
 
-    Bias corrections and roots vanish against an eps as large as lr: w becomes -g, without rounding, before it is rounded
-    to bfloat16. In each of 64 ranges of fractions the 8,192 draws round up Σ f times, with variance Σ f (1 - f). The sum
-    of squares, in units of that, is nearly chi-square with 64 degrees of freedom: over 64 + 6 √128 by chance once in
-    a million.
+    Roots vanish against an eps as large as lr: w becomes -g exactly, and is then rounded to bfloat16. In each of 64
+    ranges of fractions the 8,192 draws round up Σ f times, with variance Σ f (1 - f). The sum of squares, in units of
+    that, is nearly chi-square with 64 degrees of freedom: over 64 + 6 √128 by chance once in a million.
     """
     fraction = torch.arange(2**16).repeat_interleave(8) / 2**16
     x = 1 + fraction * 2**-7
