@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -44,6 +44,7 @@ def added(total: Tensor, x: Tensor) -> Tensor:
 
 
 @needs_native
+@settings(max_examples=60)
 @given(
     isa=ISAS,
     count=SIZES,
@@ -95,15 +96,18 @@ def test_accumulate_for_any_threads(isa: str, dtype: torch.dtype) -> None:
 # ---- ema -----------------------------------------------------------------------------------------------------------
 
 
-def averaged(average: Tensor, weights: Tensor, decay: float, first: int, **draws: int) -> Tensor:
+def averaged(
+    average: Tensor, weights: Tensor, decay: float, first: int, *, seed: int, step: int, parameter: int
+) -> Tensor:
     old = average.float()
     new = old + (weights.float() - old) * (1 - decay)
     if average.dtype == torch.float32:
         return new
-    return rounding.round_stochastic(new, **draws, offset=AVERAGE_STREAM + first)
+    return rounding.round_stochastic(new, seed, step, parameter, offset=AVERAGE_STREAM + first)
 
 
 @needs_native
+@settings(max_examples=60)
 @given(
     isa=ISAS,
     count=SIZES,
@@ -144,6 +148,7 @@ def test_ema_for_any_threads(isa: str) -> None:
 
 
 @needs_native
+@settings(max_examples=60)
 @given(isa=ISAS, count=SIZES, dtype=DTYPES, kind=st.sampled_from(list(GRADIENTS)), threads=st.integers(1, 7))
 def test_sum_of_squares(isa: str, count: int, dtype: torch.dtype, kind: str, threads: int) -> None:
     x = GRADIENTS[kind](count + 1, count).to(dtype)[1:]
@@ -162,11 +167,9 @@ def test_large_sums_and_roundings_for_any_threads(isa: str) -> None:
 
 
 @needs_native
-@given(
-    count=st.one_of(SIZES, st.just(3 * 2**20 + 5)),  # a thread takes 2^20 bytes at a time
-    dtype=st.sampled_from([torch.uint8, torch.bfloat16, torch.float32, torch.float64, torch.bool]),
-    threads=st.integers(1, 7),
-)
+@pytest.mark.parametrize("count", [0, 1, 17, 4097, 3 * 2**20 + 5])  # a thread takes 2^20 bytes at a time
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float64, torch.bool])
+@pytest.mark.parametrize("threads", [1, 3])
 def test_copy(count: int, dtype: torch.dtype, threads: int) -> None:
     source = (torch.arange(count + 1) % 251).to(dtype)[1:]
     around = torch.zeros(count + 2, dtype=dtype)
