@@ -28,6 +28,7 @@ from torch import Tensor
 from leapalign.kernels import rounding
 from leapalign.kernels.adamw8bit import AVERAGE_STREAM
 from leapalign.kernels.host_pool import Finished, Handle
+from leapalign.kernels.pairwise import sum_of_squares_reference
 
 native: ModuleType | None
 try:
@@ -40,9 +41,7 @@ try:
 except ImportError as error:
     native, missing = None, str(error)
 
-CHUNK = 4096  # elements that one partial sum covers
-LANES = 16  # independent sums in a chunk
-SLAB = 256 * CHUNK  # elements that the fallback widens at a time: 8 MiB of float64
+SLAB = 1 << 20  # elements that the fallback widens at a time
 FLOATS = (torch.float32, torch.bfloat16)
 
 _threads: int | None = None
@@ -180,29 +179,9 @@ def sum_of_squares(x: Tensor, *, threads: int | None = None) -> float:
     flat = x.detach().view(-1)
     if native is None:
         _say_once()
-        return _sum_of_squares_in_torch(flat)
+        return float(sum_of_squares_reference(flat))
     start = native.sum_of_squares
     return Handle(lambda: start(flat, number_of_threads(threads)), (flat,)).result()
-
-
-def _sum_of_squares_in_torch(flat: Tensor) -> float:
-    partial = [torch.zeros(0, dtype=torch.float64)]
-    for slab in flat.split(SLAB):
-        square = slab.double().square()
-        rows = torch.nn.functional.pad(square, (0, -square.numel() % CHUNK)).view(-1, CHUNK // LANES, LANES)
-        lanes = torch.zeros_like(rows[:, 0])
-        for row in rows.unbind(1):  # torch.sum promises no order
-            lanes = lanes + row
-        partial.append(_fold(lanes))
-    return float(_fold(torch.cat(partial)[None]))
-
-
-def _fold(values: Tensor) -> Tensor:
-    """Sum the last dimension in pairs of neighbours: (rows, n) -> (rows,)."""
-    while values.shape[-1] > 1:
-        values = torch.nn.functional.pad(values, (0, values.shape[-1] % 2)).unflatten(-1, (-1, 2))
-        values = values[..., 0] + values[..., 1]
-    return values.sum(-1)  # of one value, or of none
 
 
 # ---- in place, handed over -----------------------------------------------------------------------------------------
