@@ -137,8 +137,6 @@ def test_threads_of_the_update_on_the_host(folder: Path, tmp_path: Path) -> None
         one = trained(folder, tmp_path / "one", host_threads=1, **changes)
         pinned = {"host_threads": 3, "host_cores": [min(os.sched_getaffinity(0))]}
         three = trained(folder, tmp_path / "three", **pinned, **changes)
-            folder, tmp_path / "three", host_threads=3, host_cores=[min(os.sched_getaffinity(0))], **changes
-        )
     finally:
         host.configure()
     assert_same_bits(everything(one), everything(three))
