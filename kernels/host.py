@@ -18,7 +18,7 @@ import atexit
 import functools
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import ModuleType
 
@@ -67,14 +67,30 @@ def configure(*, threads: int | None = None, cores: Sequence[int] | None = None)
         cores: numbers of cores; thread i runs on core i, counted round. None for wherever the system puts it.
 
     Raises:
-        ValueError: no thread, a core that cannot be, or a system that does not pin threads (it is not Linux).
+        ValueError: no thread, a core that this process may not use, or a system that does not pin threads.
     """
     global _threads
     if threads is not None and threads < 1:
         raise ValueError(f"threads={threads}; host kernels need at least 1, or None for torch's number")
+    if cores and not hasattr(os, "sched_getaffinity"):
+        raise ValueError("this system does not pin threads to cores: Linux does")
+    usable = os.sched_getaffinity(0) if cores else set()
+    if cores and (others := sorted(set(cores) - usable)):
+        raise ValueError(f"core {others[0]} is not among those of this process, {_ranges(usable)}")
     if native is not None:
         native.pin(list(cores or ()))
     _threads = threads
+
+
+def _ranges(numbers: Iterable[int]) -> str:
+    """0, 1, 2, 5 as "0-2,5"."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
 def instruction_sets() -> list[str]:

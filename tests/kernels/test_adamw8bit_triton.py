@@ -90,7 +90,7 @@ def test_sum_of_squares_on_another_device_has_the_bits_of_the_host(count: int, o
     """By the reference, that runs where there is neither Triton nor the host's memory; in slabs of two chunks."""
     x = randn(count + offset, seed=9)[offset:].mul(5).exp()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(squares, "SLAB", 2 * pairwise.CHUNK)
+        patch.setattr(pairwise, "SLAB", 2 * pairwise.CHUNK)
         assert sum_of_squares_reference(x).item() == host.sum_of_squares(x)
     assert (
         sum_of_squares_reference(x.bfloat16()).item()
