@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from bench import bits, curves, host_optimizer, kernels, memory, optimizers, quality, report
+from bench import bits, curves, host_optimizer, kernels, memory, optimizers, quality, report, tracking
 
 
 def main(arguments: list[str]) -> int:
@@ -21,6 +21,7 @@ def main(arguments: list[str]) -> int:
     host_optimizer.add_arguments(
         commands.add_parser("host-optimizer", help=host_optimizer.SUMMARY, description=host_optimizer.__doc__)
     )
+    tracking.add_arguments(commands.add_parser("tracking", help=tracking.SUMMARY, description=tracking.__doc__))
     commands.add_parser("report", help=report.SUMMARY, description=report.__doc__)
     options, overrides = parser.parse_known_args(arguments)
     runs = {
@@ -31,6 +32,7 @@ def main(arguments: list[str]) -> int:
         "bits": bits.run,
         "kernels": kernels.run,
         "host-optimizer": host_optimizer.run,
+        "tracking": tracking.run,
         "report": report.run,
     }
     return runs[options.what](options, overrides)
