@@ -42,8 +42,8 @@ def fp32_path() -> tuple[Tensor, Tensor]:
     """AdamW's weights before and after each step, (1001, 4096), and the variance that rounding to bfloat16 adds up to.
 
     A weight w that moves by d is rounded to one of two bfloat16 that are u apart, u = 2^-7 of the power of two below
-    |w|: with variance at most u |d|. AdamW's step depends on the weight through a gradient that it normalises, and through
-    the decay, which takes back what was added: the variances add up, at most.
+    |w|: with variance at most u |d|. AdamW's step depends on the weight through a gradient that it normalises, and
+    through the decay, which takes back what was added: the variances add up, at most.
     """
     w = randn(2 * HALF, seed=2).bfloat16().float()
     m, v, variance = torch.zeros_like(w), torch.zeros_like(w), torch.zeros_like(w)
@@ -99,8 +99,8 @@ def three_errors(*squares: Tensor) -> float:
 
 def test_moments_of_even_gradients_are_as_good_as_bitsandbytes() -> None:
     """The distance comes from m, which both keep in the same map: an m of a third of the largest is typically
-    0.9 / 64 / √12 / 0.3 = 1.4% of itself off. √v is 0.9 / 128 / √12 = 0.2% off; through v, as bitsandbytes keeps it, 0.1%. That
-    is at most (0.2² - 0.1²) / 1.4² = 1.6% of the mean square more.
+    0.9 / 64 / √12 / 0.3 = 1.4% of itself off. √v is 0.9 / 128 / √12 = 0.2% off; through v, as bitsandbytes keeps it,
+    0.1%. That is at most (0.2² - 0.1²) / 1.4² = 1.6% of the mean square more.
     """
     ratio = float(ours("float32")[EVEN].mean() / theirs()[EVEN].mean())
     assert math.log(ratio) <= math.log(1.016) + three_errors(ours("float32")[EVEN], theirs()[EVEN])
