@@ -9,7 +9,7 @@ value does. A child process of a fork has threads of its own; what was handed ov
 
 AVX-512, AVX2 and plain C++ give the same bits, for any number of threads. The best that the processor has is chosen;
 the environment variable LEAPALIGN_ISA (avx512, avx2 or scalar), or `instruction_set`, takes another. Subnormal numbers
-are kept, whatever torch.set_flush_denormal says.
+are kept there, whatever torch.set_flush_denormal says.
 """
 
 from __future__ import annotations
