@@ -71,9 +71,9 @@ class Rates:
     copies: CopyRates | None
     host: HostRates
 
-    def machine(self, gpu: bool) -> dict[str, float]:
+    def machine(self, gpu: bool) -> dict[str, Any]:
         """Those of `Machine`'s rates that are known: without a GPU those of the host alone."""
-        found: dict[str, float] = {"host_bytes_per_s": self.host.in_place}
+        found: dict[str, Any] = {"host_bytes_per_s": self.host.in_place}
         if gpu and self.matmul_flops_per_s is not None:
             found["flops_per_s"] = self.matmul_flops_per_s
         if gpu and self.copies is not None:  # a step copies both ways at once
@@ -106,7 +106,7 @@ class Examination:
     presets: tuple[Verdict, ...] = ()
 
     @property
-    def machine(self) -> dict[str, float]:
+    def machine(self) -> dict[str, Any]:
         """For `leapalign plan --machine`: the rates that were measured, and no others."""
         return self.rates.machine(self.gpu is not None)
 
@@ -167,7 +167,7 @@ def _rates(device: torch.device, seconds: float, notes: list[str]) -> Rates:
 # ---- presets -------------------------------------------------------------------------------------------------------
 
 
-def verdict(name: str, device: torch.device, rates: dict[str, float]) -> Verdict:
+def verdict(name: str, device: torch.device, rates: dict[str, Any]) -> Verdict:
     """Plan a preset for this machine's free memory.
 
     Args:

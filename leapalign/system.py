@@ -15,6 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -211,7 +212,7 @@ def _cpu() -> str:
 
 def _link(properties: object) -> str | None:
     """Speed and lanes, as Linux lists them for the card's address."""
-    numbers = [getattr(properties, f"pci_{part}_id", None) for part in ("domain", "bus", "device")]
+    numbers: list[Any] = [getattr(properties, f"pci_{part}_id", None) for part in ("domain", "bus", "device")]
     if None in numbers:
         return None
     folder = Path("/sys/bus/pci/devices") / "{:04x}:{:02x}:{:02x}.0".format(*numbers)
