@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -81,12 +82,14 @@ def test_copies_together_are_those_within_the_others_work():
             return float(self) - float(other)
 
     # The slow one's first copy lies within the quick one's three; of the quick one's, all lie within the slow one's.
-    assert rates._overlapping(Lane(0, 3, 8, 12), Lane(0, 2, 3, 5)) == ([3], [2, 1, 2])
-    assert rates._overlapping(Lane(0, 6, 12, 18), Lane(0, 2, 3, 5)) == ([6, 6, 6], [2, 1, 2])
+    quick: Any = Lane(0, 2, 3, 5)
+    slow: list[Any] = [Lane(0, 3, 8, 12), Lane(0, 6, 12, 18)]
+    assert rates._overlapping(slow[0], quick) == ([3], [2, 1, 2])
+    assert rates._overlapping(slow[1], quick) == ([6, 6, 6], [2, 1, 2]), "of none within the other's: all"
 
 
 def test_measured_rates_are_positive():
-    """On the CPU device, with small buffers; the native module and torch's fallback run the same call."""
+    """On the CPU device, with small buffers."""
     found = copy_rates("cpu", nbytes=MIB, seconds=0.01)
     assert isinstance(found, CopyRates)
     assert all(math.isfinite(rate) and rate > 0 for rate in vars(found).values())
@@ -98,9 +101,12 @@ def test_an_update_really_runs(monkeypatch):
     monkeypatch.setattr(rates, "UPDATED", (2**18, 2**18))
     calls = []
     update = rates.host_adamw8bit.update
-    monkeypatch.setattr(
-        rates.host_adamw8bit, "update", lambda weights, *a, **k: calls.append(weights) or update(weights, *a, **k)
-    )
+
+    def watched(weights, *arguments, **options):
+        calls.append(weights)
+        return update(weights, *arguments, **options)
+
+    monkeypatch.setattr(rates.host_adamw8bit, "update", watched)
     found = host_rates(seconds=0.01)
     Machine(host_bytes_per_s=found.in_place)  # refuses what is not above 0 and finite
     assert found.copy > 0
