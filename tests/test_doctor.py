@@ -10,6 +10,7 @@ import json
 import math
 import time
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -60,6 +61,7 @@ def no_card(monkeypatch):
 
 def test_the_host_is_consistent():
     found = host_of(0.01)
+    assert found.cores and found.total_bytes and found.available_bytes, "Linux tells them"
     assert 1 <= found.usable_cores <= found.cores
     assert 0 < found.cores_obtained <= found.usable_cores
     assert 0 < found.available_bytes <= found.total_bytes
@@ -77,7 +79,7 @@ def test_threads_obtain_no_more_cores_than_there_are_threads(monkeypatch):
 def test_what_was_written_is_gone(tmp_path, monkeypatch):
     monkeypatch.setattr(system, "WRITTEN", 2**21)
     found = disk_of(tmp_path)
-    assert found.write_bytes_per_s > 0 and found.free_bytes > 0 and found.reason == ""
+    assert found.write_bytes_per_s and found.write_bytes_per_s > 0 and found.free_bytes > 0 and found.reason == ""
     assert list(tmp_path.iterdir()) == []
 
 
@@ -160,14 +162,14 @@ def test_what_cannot_be_measured_is_left_out_and_told(monkeypatch):
     monkeypatch.setattr(doctor, "matmul_flops_per_s", lambda *_, **__: 1e14)
     monkeypatch.setattr(doctor, "copy_rates", locked)
     monkeypatch.setattr(doctor, "host_rates", lambda **_: RATES.host)
-    notes = []
+    notes: list[str] = []
     assert doctor._rates(CUDA, 0.1, notes) == Rates(1e14, None, RATES.host)
     assert notes == ["copies: not measured: cannot lock 5 bytes"]
 
 
 @pytest.mark.parametrize("whole", [True, False])
 def test_both_kinds_of_file_are_a_machine(tmp_path, whole):
-    rates = {"host_bytes_per_s": 3e9, "flops_per_s": 1e14}
+    rates: dict[str, Any] = {"host_bytes_per_s": 3e9, "flops_per_s": 1e14}
     path = tmp_path / "machine.json"
     path.write_text(json.dumps(well().as_dict() | {"machine": rates} if whole else rates))
     machine = Machine.read(path)
@@ -224,11 +226,11 @@ def test_a_gpu_that_is_large_enough_or_not(free):
     rates = well().machine
     free(4 * GIB, 8 * GIB)
     found = verdict("a preset", CUDA, rates)
-    assert found.fits and found.seconds > 0
+    assert found.fits and found.seconds and found.device_bytes and found.host_bytes
     assert found.device_bytes <= 4 * GIB and found.host_bytes <= 8 * GIB
     assert found.text.startswith(f"fits: 6 pictures of 32 pixels a step, {found.seconds:.1f} s; device ")
     slower = verdict("a preset", CUDA, rates | {"flops_per_s": rates["flops_per_s"] / 1e6})
-    assert slower.seconds > found.seconds
+    assert slower.seconds and slower.seconds > found.seconds
     free(10 * 2**20, 8 * GIB)
     short = verdict("a preset", CUDA, rates)
     assert not short.fits and short.seconds is None

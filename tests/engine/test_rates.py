@@ -58,7 +58,8 @@ def test_host_bytes_are_counted_as_the_machine_counts_them(clock, monkeypatch):
 
         return start
 
-    copies, updates = [], []
+    copies: list[tuple[int, int]] = []
+    updates: list[tuple[int, int]] = []
     monkeypatch.setattr(rates.host, "copy", taking(0.25, copies))
     monkeypatch.setattr(rates.host_adamw8bit, "update", taking(0.125, updates))
     assert host_rates(threads=3, seconds=1.0) == HostRates(2 * MIB / 0.25, 14 * 2**19 / 0.125)
