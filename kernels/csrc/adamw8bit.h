@@ -69,6 +69,21 @@ Block block_of(const Run &run, size_t block) {
             run.residual ? run.residual + begin : nullptr, run.master ? run.master + begin : nullptr};
 }
 
+LEAPALIGN_INLINE void fetch(const void *from, size_t bytes) {
+    for (size_t i = 0; i < bytes; i += 64) LEAPALIGN_FETCH(static_cast<const char *>(from) + i);
+}
+
+// Asks for a block two steps before it is due: memory answers within the time of one, and what the processor fetches by
+// itself ends with each page.
+LEAPALIGN_NOINLINE void fetch(const Run &run, size_t block) {
+    const size_t begin = block * kBlock;
+    const Floats weights = at(run.weights, begin), gradient = at(run.gradient, begin);
+    if (!run.master) fetch(weights.data, kBlock * width_of(weights));
+    if (gradient) fetch(gradient.data, kBlock * width_of(gradient));
+    fetch(run.codes_m + begin, kBlock);
+    fetch(run.codes_v + begin, kBlock);
+}
+
 LEAPALIGN_INLINE size_t length_of(const Run &run, size_t block) {
     const size_t left = run.count - block * kBlock;
     return left < kBlock ? left : kBlock;
@@ -178,6 +193,7 @@ void steps(const Run &run, size_t first, size_t last) {
     const Decoder<false> decoder_v(map_v);
     const Encoder<true> encoder_m(map_m);
     const Encoder<false> encoder_v(map_v);
+    const bool scaled = run.scale != 1.0f;
     const Vector scale = spread(run.scale), gain_m = spread(run.gain_m), decay_v = spread(run.decay_v);
     const Vector gain_v = spread(run.gain_v), root_gain = spread(run.root_gain), eps = spread(run.eps);
     const Vector decay_w = spread(run.decay_w), rate = spread(run.rate);
@@ -215,6 +231,7 @@ void steps(const Run &run, size_t first, size_t last) {
         UnsignedPeak peak_v;
         now = next;
         if (decodes) next = open(block + 1);
+        if (block + 2 < last) fetch(run, block + 2);
         if (updates) {
             absmax_m = spread(run.absmax_m[block]);
             absmax_v = spread(run.absmax_v[block]);
@@ -240,8 +257,7 @@ void steps(const Run &run, size_t first, size_t last) {
             draw_block(philox, counter, draws);
         }
 
-        const auto update_moment = [&](Vector g, size_t i) {
-            g = mul(g, scale);
+        const auto update_moment = [&](const Vector g, size_t i) {
             Vector m = mul(load(was_m + i), absmax_m);
             Vector v = mul(load(was_root + i), absmax_v);
             m = add(m, mul(sub(g, m), gain_m));
@@ -254,7 +270,8 @@ void steps(const Run &run, size_t first, size_t last) {
         };
         const auto update_moments = [&](size_t group) {
             for (size_t i = group; i < group + kGroup; i += 2 * kWidth) {
-                const Pair g = gradient.bf16 ? load_pair(gradient.half() + i) : load_pair(gradient.fp32() + i);
+                Pair g = gradient.bf16 ? load_pair(gradient.half() + i) : load_pair(gradient.fp32() + i);
+                if (scaled) g = {mul(g.first, scale), mul(g.second, scale)};
                 update_moment(g.first, i);
                 update_moment(g.second, i + kWidth);
             }

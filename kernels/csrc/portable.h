@@ -19,6 +19,12 @@
 #define LEAPALIGN_RESTRICT __restrict__
 #endif
 
+#if defined(_MSC_VER)
+#define LEAPALIGN_FETCH(address) ((void)(address))
+#else
+#define LEAPALIGN_FETCH(address) __builtin_prefetch(address)
+#endif
+
 // Keeps a compiler from gathering such values in a vector: that takes more instructions than it saves.
 #if defined(__GNUC__)
 #define LEAPALIGN_SCALAR(value) __asm__("" : "+r"(value))

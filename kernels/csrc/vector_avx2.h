@@ -11,7 +11,7 @@
 
 namespace leapalign::LEAPALIGN_ISA {
 
-constexpr size_t kWidth = 8, kGroup = 4 * kWidth, kDrawn = kGroup;
+constexpr size_t kWidth = 8, kGroup = 4 * kWidth, kDrawn = 64;
 using Vector = __m256;
 
 LEAPALIGN_INLINE size_t element_of(size_t position) { return element_at<kWidth>(position); }
@@ -164,37 +164,48 @@ struct Encoder {
 
 using Draws = Philox<4>;
 
-// Words of four counters a register, in the lower halves of 64-bit lanes; upper halves hold anything.
-LEAPALIGN_INLINE void draw_group(const Draws &philox, uint32_t counter,  // a multiple of 4
-                                 uint16_t *draws                          // (32,)
+// Words of four counters a register, in the lower halves of 64-bit lanes; upper halves hold anything. Two registers at
+// once, which is what sixteen names hold: the rounds wait for their products.
+LEAPALIGN_INLINE void draw_group(const Draws &philox, uint32_t counter,  // a multiple of 8
+                                 uint16_t *draws                         // (64,)
 ) {
     const auto all = [](const Draws::Word &word) { return load_bits(word.copies); };
     const auto upper = [](__m256i product) { return _mm256_srli_epi64(product, 32); };
-    const auto both = [](__m256i x, __m256i y) { return _mm256_xor_si256(x, y); };
+    const auto either = [](__m256i x, __m256i y) { return _mm256_xor_si256(x, y); };
     const __m256i a = _mm256_set1_epi64x(kPhiloxA), c = _mm256_set1_epi64x(kPhiloxC);
     // So that interleaving within lanes leaves the counters in order.
     const __m256i order = _mm256_set_epi64x(3, 1, 2, 0);
-    __m256i p0 = _mm256_mul_epu32(a, _mm256_add_epi64(_mm256_set1_epi64x(counter), order));
-    __m256i p1 = _mm256_mul_epu32(c, both(upper(p0), all(philox.third1)));
-    __m256i c0 = both(upper(p1), all(philox.first2)), c1 = p1, c2 = both(p0, all(philox.third2)), c3;
-    p0 = _mm256_mul_epu32(a, c0), p1 = _mm256_mul_epu32(c, c2);
-    c0 = both(both(upper(p1), all(philox.keys[0])), c1);
-    c2 = both(upper(p0), all(philox.third3));
-    c1 = p1, c3 = p0;
+    __m256i c0[2], c1[2], c2[2], c3[2];
+    for (uint32_t i = 0; i < 2; ++i) {
+        const __m256i p0 = _mm256_mul_epu32(a, _mm256_add_epi64(_mm256_set1_epi64x(counter + 4 * i), order));
+        c1[i] = _mm256_mul_epu32(c, either(upper(p0), all(philox.third1)));
+        c0[i] = either(upper(c1[i]), all(philox.first2));
+        c2[i] = either(p0, all(philox.third2));
+    }
+    for (size_t i = 0; i < 2; ++i) {
+        const __m256i p0 = _mm256_mul_epu32(a, c0[i]), p1 = _mm256_mul_epu32(c, c2[i]);
+        c0[i] = either(either(c1[i], all(philox.keys[0])), upper(p1));
+        c2[i] = either(upper(p0), all(philox.third3));
+        c1[i] = p1, c3[i] = p0;
+    }
     for (size_t round = 4; round <= 10; ++round) {
-        p0 = _mm256_mul_epu32(a, c0), p1 = _mm256_mul_epu32(c, c2);
-        c0 = both(both(upper(p1), all(philox.keys[2 * round - 7])), c1);
-        c2 = both(both(upper(p0), all(philox.keys[2 * round - 6])), c3);
-        c1 = p1, c3 = p0;
+        for (size_t i = 0; i < 2; ++i) {
+            const __m256i p0 = _mm256_mul_epu32(a, c0[i]), p1 = _mm256_mul_epu32(c, c2[i]);
+            c0[i] = either(either(c1[i], all(philox.keys[2 * round - 7])), upper(p1));
+            c2[i] = either(either(c3[i], all(philox.keys[2 * round - 6])), upper(p0));
+            c1[i] = p1, c3[i] = p0;
+        }
     }
     const auto shuffled = [](__m256i x, __m256i y, auto which) {
         return _mm256_castps_si256(_mm256_shuffle_ps(_mm256_castsi256_ps(x), _mm256_castsi256_ps(y), decltype(which)::value));
     };
     using Even = std::integral_constant<int, 0x88>;
     using Odd = std::integral_constant<int, 0xDD>;
-    const __m256i ab = shuffled(c0, c1, Even{}), cd = shuffled(c2, c3, Even{});
-    store_bits(draws, shuffled(ab, cd, Even{}));
-    store_bits(draws + 16, shuffled(ab, cd, Odd{}));
+    for (size_t i = 0; i < 2; ++i) {
+        const __m256i ab = shuffled(c0[i], c1[i], Even{}), cd = shuffled(c2[i], c3[i], Even{});
+        store_bits(draws + 32 * i, shuffled(ab, cd, Even{}));
+        store_bits(draws + 32 * i + 16, shuffled(ab, cd, Odd{}));
+    }
 }
 
 }  // namespace leapalign::LEAPALIGN_ISA
