@@ -19,7 +19,11 @@ struct Map {
     float slope[8], offset[8];  // of each slot's line; the offset includes kMargin
     float cap[8];               // half a place below the first one of the next slot
     float above[8];             // the largest |y| in the slot
-    float exponent_slope[32], exponent_offset[32], exponent_cap[32], exponent_above[32];  // for exponents 2^-31 .. 2^0
+
+    // For |y| >= 2^-29 by the bits from 24 up, modulo 16: of the slot that [4^k, 4^(k+1)) / 2 begins in. Each has at most one
+    // slot's end, and then the next one begins in the next slot.
+    float range_slope[16], range_offset[16], range_cap[16];
+    float range_above[16];  // the largest |y| in the slot, if that ends in the range
 
     // Values as lines over the number of the magnitude, f = |code - 127| in the signed map and code + 1 in the unsigned
     // one, for each exponent of f (modulo 16): the value has the bits of fma(f, value_slope, value_offset) and fixes more,

@@ -187,29 +187,26 @@ struct Doubt {
 
 template <bool kSigned>
 struct Encoder {
-    Vector slope[2], offset[2], cap[2], above[2];
+    Vector slope, offset, cap, above;
 
-    explicit Encoder(const Map &map) {
+    explicit Encoder(const Map &map) : above(load(map.range_above)) {
         const Vector unit = spread(kUnit), base = spread(kSigned ? kBase : 0.0f);
-        for (size_t half = 0; half < 2; ++half) {
-            slope[half] = mul(load(map.exponent_slope + 16 * half), unit);
-            offset[half] = add(mul(load(map.exponent_offset + 16 * half), unit), base);
-            cap[half] = add(mul(load(map.exponent_cap + 16 * half), unit), base);
-            above[half] = load(map.exponent_above + 16 * half);
-        }
+        slope = mul(load(map.range_slope), unit);
+        offset = add(mul(load(map.range_offset), unit), base);
+        cap = add(mul(load(map.range_cap), unit), base);
     }
 
-    // Places, in units of 2^-16; in the signed map as the bits of kBase plus them. What is above the slot that its
-    // exponent begins in has the line of the next exponent, in which the next slot began.
+    // Places, in units of 2^-16; in the signed map as the bits of kBase plus them. What is above the slot that its range
+    // begins in has the line of the next range, which begins in the next slot.
     LEAPALIGN_METHOD __m512i places(const float *x, Vector inverse) const {
         const Vector y = mul(load(x), inverse), smallest = spread(kSmallest);
         const Vector size = kSigned ? _mm512_range_ps(y, smallest, 0x0B) : _mm512_max_ps(y, smallest);  // |y|, if larger
-        __m512i exponent = _mm512_srli_epi32(bits(size), 23);
-        const __mmask16 next = _mm512_cmp_ps_mask(size, pick(above, exponent), _CMP_GT_OQ);
-        exponent = _mm512_mask_add_epi32(exponent, next, exponent, _mm512_set1_epi32(1));
-        const Vector place = _mm512_fmadd_ps(size, pick(slope, exponent), pick(offset, exponent));
-        const Vector capped = _mm512_min_ps(place, pick(cap, exponent));
-        return kSigned ? bits(capped) : _mm512_cvttps_epi32(capped);
+        __m512i range = _mm512_srli_epi32(bits(size), 24);
+        const __mmask16 next = _mm512_cmp_ps_mask(size, _mm512_permutexvar_ps(range, above), _CMP_GT_OQ);
+        range = _mm512_mask_add_epi32(range, next, range, _mm512_set1_epi32(1));
+        const Vector rise = _mm512_permutexvar_ps(range, slope), start = _mm512_permutexvar_ps(range, offset);
+        const Vector place = _mm512_min_ps(_mm512_fmadd_ps(size, rise, start), _mm512_permutexvar_ps(range, cap));
+        return kSigned ? bits(place) : _mm512_cvttps_epi32(place);
     }
 
     // Writes the codes of a group. Those of elements in doubt are to be looked up.
@@ -230,10 +227,6 @@ struct Encoder {
         }
         store_codes(codes, _mm512_packus_epi16(words[0], words[1]));
         return doubt;
-    }
-
-    LEAPALIGN_METHOD static Vector pick(const Vector (&table)[2], __m512i exponent) {
-        return _mm512_permutex2var_ps(table[0], exponent, table[1]);
     }
 };
 
