@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from bench import bits, curves, kernels, memory, optimizers, quality, report
+from bench import bits, curves, host_optimizer, kernels, memory, optimizers, quality, report, tracking
 
 
 def main(arguments: list[str]) -> int:
@@ -18,6 +18,10 @@ def main(arguments: list[str]) -> int:
     curves.add_arguments(commands.add_parser("curves", help=curves.SUMMARY, description=curves.__doc__))
     bits.add_arguments(commands.add_parser("bits", help=bits.SUMMARY, description=bits.__doc__))
     kernels.add_arguments(commands.add_parser("kernels", help=kernels.SUMMARY, description=kernels.__doc__))
+    host_optimizer.add_arguments(
+        commands.add_parser("host-optimizer", help=host_optimizer.SUMMARY, description=host_optimizer.__doc__)
+    )
+    tracking.add_arguments(commands.add_parser("tracking", help=tracking.SUMMARY, description=tracking.__doc__))
     commands.add_parser("report", help=report.SUMMARY, description=report.__doc__)
     options, overrides = parser.parse_known_args(arguments)
     runs = {
@@ -27,6 +31,8 @@ def main(arguments: list[str]) -> int:
         "curves": curves.run,
         "bits": bits.run,
         "kernels": kernels.run,
+        "host-optimizer": host_optimizer.run,
+        "tracking": tracking.run,
         "report": report.run,
     }
     return runs[options.what](options, overrides)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -13,6 +13,7 @@ from leapalign.engine.modulation import OuterProduct
 from leapalign.engine.store import BlockStore
 from leapalign.engine.streamer import Buffer, Streamer
 from leapalign.engine.weights import Weights
+from leapalign.kernels.host_pool import Handle
 
 
 class Sink(Protocol):
@@ -24,12 +25,16 @@ class Sink(Protocol):
 
     on_host: bool
 
-    def __call__(self, unit: str, gradients: Mapping[str, Tensor | OuterProduct], /) -> None:
+    def __call__(self, unit: str, gradients: Mapping[str, Tensor | OuterProduct], /) -> Sequence[Handle] | None:
         """
         Args:
             unit: the unit's name in the store.
-            gradients: {full parameter name: gradient}, float32, or float64 for float64 weights; valid only during the
-                call. A hoisted modulation linear's weight comes as factors.
+            gradients: {full parameter name: gradient}, float32, or float64 for float64 weights; valid during the call,
+                and on the host until the handles returned are done. A hoisted modulation linear's weight comes as
+                factors, which are valid during the call only.
+
+        Returns:
+            Handles of what still reads the gradients, if anything does.
         """
         ...
 
@@ -119,12 +124,12 @@ class Gradients:
         target = host.tensor[: flat.numel() * self.dtype.itemsize].view(self.dtype)
         self._streamer.store(host, buffer, [(target, flat)])
 
-        def hand_over() -> None:
-            self._streamer.settle(host)
+        def call_sink() -> Sequence[Handle] | None:
             views = layout.views(target)
-            sink(unit, {name: views[name] for name in names})
+            return sink(unit, {name: views[name] for name in names})
 
-        self._pending = hand_over  # when the next unit has been launched: the sink works while that one computes
+        # When the next unit has been launched: the sink works while that one computes.
+        self._pending = lambda: self._streamer.hand_over(call_sink, host)
 
     def flush(self) -> None:
         """Hand over what is still on its way to a sink on the host."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from leapalign.engine.autograd import GRAD, adopt_grads
 from leapalign.engine.modulation import OuterProduct
 from leapalign.engine.update import Gradient, Group, Kernels, Updater
+from leapalign.kernels.host_pool import Handle
 
 if TYPE_CHECKING:
     from leapalign.engine.streamed import StreamedModel
@@ -235,6 +236,7 @@ class AdamW8bit(torch.optim.Optimizer):
         try:
             yield sink
         except BaseException:
+            self._updater.finish()
             if not sink.updated:
                 self.steps -= 1
             raise
@@ -293,18 +295,18 @@ class AdamW8bit(torch.optim.Optimizer):
             found |= {self._names[parameter]: settings for parameter in group["params"]}
         return found
 
-    def _update(self, unit: str, gradients: Mapping[str, Gradient], wanted: Mapping[str, Group], norm: float) -> None:
+    def _update(
+        self, unit: str, gradients: Mapping[str, Gradient], wanted: Mapping[str, Group], norm: float
+    ) -> Sequence[Handle]:
         limit = math.inf if self.clip == "none" else self.max_grad_norm
         scale = 1.0 if norm <= limit else limit / norm
         chosen = {name: gradient for name, gradient in gradients.items() if name in wanted}
-        self._updater.update(
+        return self._updater.update(
             unit, chosen, wanted, step=self.steps, scale=scale, seed=self.seed, ema_decay=self.ema_decay
         )
 
     def _finish(self) -> None:
-        """The step is over: weights and states are in host memory, for whoever reads them there."""
-        if self.placement == "device":
-            self._bound().streamer.drain()
+        self._updater.finish()
         for state in self.state.values():
             state["step"] = self.steps
 
@@ -320,17 +322,17 @@ class InBackward:
         self._optimizer, self._groups = optimizer, groups
 
     @torch.no_grad()
-    def __call__(self, unit: str, gradients: Mapping[str, Tensor | OuterProduct]) -> None:
+    def __call__(self, unit: str, gradients: Mapping[str, Tensor | OuterProduct]) -> Sequence[Handle] | None:
         if self.broken is not None:
-            return
+            return None
         wanted = (gradient for name, gradient in gradients.items() if name in self._groups)
         squares = self._optimizer._updater.square_sum(wanted)
         if not math.isfinite(squares):
             self.broken = unit
-            return
+            return None
         self.squares += squares
-        self._optimizer._update(unit, gradients, self._groups, math.sqrt(squares))
         self.updated.append(unit)
+        return self._optimizer._update(unit, gradients, self._groups, math.sqrt(squares))
 
 
 def _check(

@@ -10,6 +10,8 @@ Touches by one queue follow each other anyway; a caller that changes its current
 one wait for the old one, as for any tensor. An event is always recorded before it is waited on, and a wait is for
 what was recorded by then, so queues cannot wait for each other in a circle. There is no `record_stream`.
 
+The host kernels' threads are a fourth party: what is handed over to them (`hand_over`) is a touch too, "updated".
+
 | device | in, out                                  | compute                                |
 |--------|------------------------------------------|----------------------------------------|
 | cuda   | a stream each                            | the caller's current stream            |
@@ -20,86 +22,34 @@ what was recorded by then, so queues cannot wait for each other in a circle. The
 from __future__ import annotations
 
 import threading
-import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from queue import SimpleQueue
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from leapalign.engine.arena import HostArena
-
-Copies: TypeAlias = Sequence[tuple[Tensor, Tensor]]  # (destination, source) pairs
-Delay: TypeAlias = Callable[[str], float]  # queue name -> seconds
+from leapalign.engine.queues import Copies, CopyStream, CurrentStream, Delay, Event, HostThreads, Queue, WorkerThread
+from leapalign.kernels.host_pool import Handle
 
 # Whose touches each queue waits for, and under which name it records its own. "host" is the calling thread in
-# `settle`: it records nothing, because it is done with the buffer before it can issue anything else.
+# `settle`: it records only what it hands over, because it is done with all else before it can issue anything.
 WAITS = {
-    "in": ("consumed", "stored"),
-    "compute": ("loaded", "stored"),
-    "out": ("loaded", "consumed"),
-    "host": ("loaded", "consumed", "stored"),
+    "in": ("consumed", "stored", "updated"),
+    "compute": ("loaded", "stored", "updated"),
+    "out": ("loaded", "consumed", "updated"),
+    "host": ("loaded", "consumed", "stored", "updated"),
 }
-RECORDS = {"in": "loaded", "compute": "consumed", "out": "stored"}
-
-
-class Queue:
-    """Work in order of issue; here all is done when its call returns: compute on the CPU, and everything on meta.
-
-    A mark stands for everything issued up to it.
-    """
-
-    def copy(self, pairs: Copies) -> None:
-        """Issue the copies (destination, source). Meta tensors hold nothing to copy."""
-
-    def wait(self, event: Event) -> None:
-        """What is issued from now on runs after what `event` recorded last. RuntimeError: it never recorded."""
-        event.synchronize()
-
-    def mark(self, reuse: Any) -> Any:
-        """A mark at this point; `reuse` is the mark it replaces, or None."""
-
-    def reach(self, mark: Any) -> None:
-        """Block the calling thread until everything up to the mark is done. Raises what went wrong there."""
-
-    def error(self) -> BaseException | None:
-        """What went wrong in this queue; nothing runs in it since. None also on CUDA, which reports its own."""
-        return None
-
-    def close(self) -> None:
-        """Finish what was issued and end."""
-
-
-class Event:
-    """The last touch of one buffer by one queue. Made once and recorded anew at every touch."""
-
-    def __init__(self) -> None:
-        self._last: tuple[Queue, Any] | None = None
-
-    def record(self, queue: Queue) -> None:
-        """Take over the queue's present point."""
-        self._last = (queue, queue.mark(None if self._last is None else self._last[1]))
-
-    def last(self) -> tuple[Queue, Any]:
-        """(queue, mark) of the latest record. RuntimeError: it never recorded."""
-        if self._last is None:
-            raise RuntimeError("waiting on an event that was never recorded")
-        return self._last
-
-    def synchronize(self) -> None:
-        """Block the calling thread until the recorded work is done."""
-        queue, mark = self.last()
-        queue.reach(mark)
+RECORDS = {"in": "loaded", "compute": "consumed", "out": "stored", "host": "updated"}
 
 
 class Buffer:
     """Memory that more than one queue touches: a slot on the device, or a region of the host.
 
-    Several regions may guard disjoint parts of one tensor. `loaded`, `consumed` and `stored` are the last touches by
-    `in`, `compute` and `out`; None where that queue has never touched it.
+    Several regions may guard disjoint parts of one tensor. `loaded`, `consumed`, `stored` and `updated` are the last
+    touches by `in`, `compute`, `out` and the host kernels' threads; None where there was none.
     """
 
     def __init__(self, tensor: Tensor, place: str, owner: Any = None) -> None:
@@ -109,6 +59,7 @@ class Buffer:
         self.loaded: Event | None = None
         self.consumed: Event | None = None
         self.stored: Event | None = None
+        self.updated: Event | None = None
         self._owner = owner  # what keeps the tensor's memory pinned
 
     @property
@@ -151,6 +102,7 @@ class Streamer:
         self.device = device
         self._queues = {"in": _copy_queue("in", device, delay), "out": _copy_queue("out", device, delay)}
         self._queues["compute"] = compute or (CurrentStream(device) if device.type == "cuda" else Queue())
+        self._queues["host"] = HostThreads()
         self._buffers: dict[int, Buffer] = {}  # those made here, by id
         self._raised = False
         # Copies may be under way when the last user forgets the streamer: they end before the memory goes.
@@ -234,9 +186,24 @@ class Streamer:
         """Block the calling thread until no queue is at work in the buffers: before the host reads or writes them."""
         self._touch("host", buffers)
 
+    def hand_over(self, work: Callable[[], Sequence[Handle] | None], *buffers: Buffer) -> None:
+        """Settle the buffers and do `work`, which may leave some to the host kernels' threads.
+
+        Args:
+            work: returns handles of what is still at work in the buffers; every queue waits for them before it touches
+                one of these.
+        """
+        self.settle(*buffers)
+        handles = work()
+        if handles:
+            queue = self._queues["host"]
+            assert isinstance(queue, HostThreads)
+            queue.handed_over = handles
+            self._record("host", buffers)
+
     def drain(self) -> None:
-        """Block the calling thread until all copies issued so far are done."""
-        for name in ("in", "out"):
+        """Block the calling thread until all copies issued so far are done, and what was handed over."""
+        for name in ("in", "out", "host"):
             queue = self._queues[name]
             queue.reach(queue.mark(None))
         self._check()
@@ -301,129 +268,6 @@ class Streamer:
             raise error
         if not self._finalizer.alive:
             raise RuntimeError("the streamer is closed")
-
-
-class WorkerThread(Queue):
-    """A queue in a host thread: what a stream is to the GPU. Its marks count what has been issued.
-
-    The thread copies alone. With a pool of OpenMP's beside the caller's there would be more threads than cores, and
-    OpenMP then sleeps and wakes at every operator of either instead of spinning: twice the time for small ones.
-    """
-
-    def __init__(self, name: str, delay: Delay | None = None) -> None:
-        self._name = name
-        self._delay = delay
-        self._jobs: SimpleQueue[Callable[[], object] | None] = SimpleQueue()
-        self._issued = 0
-        self._finished = 0
-        self._error: BaseException | None = None
-        self._progress = threading.Condition()
-        self._started = threading.Event()
-        self._thread = threading.Thread(target=self._work, name=f"streamer-{name}", daemon=True)
-        threads = torch.get_num_threads()
-        self._thread.start()
-        self._started.wait()
-        torch.set_num_threads(threads)  # the caller's again, and the one of threads to come
-
-    def run(self, job: Callable[[], object]) -> None:
-        """Issue any work."""
-        self._issued += 1
-        self._jobs.put(job)
-
-    def copy(self, pairs: Copies) -> None:
-        self.run(lambda: self._copy(pairs))
-
-    def wait(self, event: Event) -> None:
-        queue, mark = event.last()  # now: later records are not waited for
-        self.run(lambda: queue.reach(mark))
-
-    def mark(self, reuse: Any) -> int:
-        return self._issued
-
-    def reach(self, mark: int) -> None:
-        with self._progress:
-            self._progress.wait_for(lambda: self._finished >= mark)
-        if self._error is not None:  # what it was to do was perhaps never done
-            raise self._error
-
-    def error(self) -> BaseException | None:
-        return self._error
-
-    def is_current(self) -> bool:
-        """Whether the caller runs in this queue's thread."""
-        return threading.current_thread() is self._thread
-
-    def close(self) -> None:
-        self._jobs.put(None)
-        self._thread.join()
-
-    def _copy(self, pairs: Copies) -> None:
-        if self._delay is not None:
-            time.sleep(self._delay(self._name))
-        for to, source in pairs:
-            to.copy_(source)
-
-    @torch.inference_mode()  # the caller's views may have been taken in it; plain tensors are counted as ever
-    def _work(self) -> None:
-        torch.set_num_threads(1)  # of this thread, and of any that has not asked yet: see __init__
-        torch.get_num_threads()  # asking makes it last
-        self._started.set()
-        while (job := self._jobs.get()) is not None:
-            try:
-                if self._error is None:
-                    job()
-            except BaseException as error:
-                self._error = error
-            del job  # its tensors must not live until the next one comes
-            with self._progress:
-                self._finished += 1
-                self._progress.notify_all()
-
-
-class CurrentStream(Queue):
-    """Compute on CUDA: whatever stream is current where it is asked."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-
-    @property
-    def stream(self) -> torch.cuda.Stream:
-        return torch.cuda.current_stream(self._device)
-
-    def copy(self, pairs: Copies) -> None:
-        with torch.cuda.stream(self.stream), torch.no_grad():
-            for to, source in pairs:
-                to.copy_(source, non_blocking=True)
-
-    def wait(self, event: Event) -> None:
-        self.stream.wait_event(event.last()[1])
-
-    def mark(self, reuse: torch.cuda.Event | None) -> torch.cuda.Event:
-        event = torch.cuda.Event() if reuse is None else reuse
-        event.record(self.stream)
-        return event
-
-    def reach(self, mark: torch.cuda.Event) -> None:
-        mark.synchronize()
-
-    def close(self) -> None:
-        self.stream.synchronize()
-
-
-class CopyStream(CurrentStream):
-    """Copies of one direction on CUDA: a stream of their own."""
-
-    def __init__(self, device: torch.device) -> None:
-        super().__init__(device)
-        self._stream = torch.cuda.Stream(device)
-
-    @property
-    def stream(self) -> torch.cuda.Stream:
-        return self._stream
-
-    def follow_current(self) -> None:
-        """What is issued from now on runs after all that is in the current stream."""
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
 
 
 def _copy_queue(name: str, device: torch.device, delay: Delay | None) -> Queue:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,9 +14,11 @@ from torch import Tensor
 from leapalign.engine.modulation import OuterProduct
 from leapalign.engine.store import ALIGNMENT
 from leapalign.engine.streamer import Buffer
+from leapalign.kernels import host_adamw8bit
 from leapalign.kernels.adamw8bit import Hyper, update
 from leapalign.kernels.adamw8bit_triton import expand, update_outer, update_triton
 from leapalign.kernels.dispatch import reaches_device
+from leapalign.kernels.host_pool import Handle
 from leapalign.kernels.quantize import BLOCK
 from leapalign.kernels.sum_of_squares import sum_of_squares, sum_of_squares_torch
 
@@ -55,10 +57,12 @@ class Group:
 class Updater:
     """Updates units of a model's store, in place.
 
-    On the host it works on the store itself. On the device it brings weights and states of a piece of the unit into a
-    scratch slot, updates them there beside the gradient, and sends them back; with Triton a piece is one launch, and a
-    gradient of factors is never multiplied out. The same gradients give the same bits everywhere: every operation is
-    rounded once, sums have one order, and the draws of rounding are keyed by (seed, step, parameter, element).
+    On the host it works on the store itself, in the threads of `kernels.host`, which go on while the caller launches
+    the next unit; whoever touches the weights next waits. On the device it brings weights and states of a piece of the
+    unit into a scratch slot, updates them there beside the gradient, and sends them back; with Triton a piece is one
+    launch, and a gradient of factors is never multiplied out. The same gradients give the same bits everywhere: every
+    operation is rounded once, sums have one order, and the draws of rounding are keyed by (seed, step, parameter,
+    element).
     """
 
     def __init__(
@@ -72,6 +76,7 @@ class Updater:
     ) -> None:
         self._model, self._store, self._placement = model, model.store, placement
         self._device = torch.device("cpu") if placement == "host" else model.device
+        self._handed_over: list[Handle] = []
         wanted = kernels == "triton" or (kernels == "auto" and reaches_device(model.device))
         self._triton = placement == "device" and wanted
         low = self._store.dtype != torch.float32
@@ -104,30 +109,63 @@ class Updater:
     def update(
         self, unit: str, gradients: Mapping[str, Gradient], groups: Mapping[str, Group], *, step: int, scale: float,
         seed: int, ema_decay: float | None,
-    ) -> None:  # fmt: skip
+    ) -> Sequence[Handle]:  # fmt: skip
         """One AdamW step of the unit's parameters that have a gradient.
 
         Args:
-            gradients: {full name: gradient}, on the device or on the host.
+            gradients: {full name: gradient}, on the device or on the host, all finite.
             scale: factor on all gradients, from clipping.
+
+        Returns:
+            On the host, handles of what still reads the gradients and changes weights and states.
         """
-        if self._placement == "host":
-            self._model.streamer.settle(self._model.weights.region(unit))
-        layout = self._store.units[unit]
-        for name, gradient in gradients.items():
-            group, start = groups[name], layout.offsets[name]
-            options = {
+        options = {
+            name: {
                 "hp": Hyper(group.lr, group.beta1, group.beta2, group.eps, group.weight_decay, step),
                 "seed": seed,
                 "parameter": self._numbers[name],
                 "scale": scale,
                 "ema_decay": ema_decay or 0.0,
             }
-            if isinstance(gradient, OuterProduct):
-                gradient = OuterProduct(gradient.left.to(self._device), gradient.right.to(self._device))
-            for first, stop in self._pieces(gradient):
-                self._update(gradient, first, stop, self._memory(unit, start + first, start + stop), options)
+            for name, group in ((name, groups[name]) for name in gradients)
+        }
+        handles: list[Handle] = []
+        if self._placement == "host":
+
+            def hand_over() -> list[Handle]:
+                handles.extend(self._start(unit, name, gradients[name], options[name]) for name in gradients)
+                return handles
+
+            self._model.streamer.hand_over(hand_over, self._model.weights.region(unit))
+            self._handed_over += handles
+        else:
+            for name, gradient in gradients.items():
+                start = self._store.units[unit].offsets[name]
+                if isinstance(gradient, OuterProduct):
+                    gradient = OuterProduct(gradient.left.to(self._device), gradient.right.to(self._device))
+                for first, stop in self._pieces(gradient):
+                    self._update(gradient, first, stop, self._memory(unit, start + first, start + stop), options[name])
         self._model.weights_changed(unit)
+        return handles
+
+    def finish(self) -> None:
+        """Wait until weights and states are in host memory, for whoever reads them there."""
+        if self._placement == "device":
+            self._model.streamer.drain()
+        handed_over, self._handed_over = self._handed_over, []
+        for handle in handed_over:
+            handle.wait()
+
+    def _start(self, unit: str, name: str, gradient: Gradient, options: dict[str, Any]) -> Handle:
+        """Hand the update of a parameter over to the host kernels."""
+        start, count = self._store.units[unit].offsets[name], gradient.shape.numel()
+        given: Tensor | tuple[Tensor, Tensor]
+        if isinstance(gradient, OuterProduct):  # a few rows, whose memory is the caller's when this returns
+            left, right = (factor.to("cpu", copy=True).contiguous() for factor in (gradient.left, gradient.right))
+            given = left, right
+        else:
+            given = gradient.reshape(-1)
+        return host_adamw8bit.update(gradient=given, **self._on_host(unit, start, start + count), **options, guard=0.0)
 
     def _update(
         self,
@@ -170,11 +208,9 @@ class Updater:
 
         Of factors they are whole rows too, for the kernel that does not multiply them out, where that fits.
         """
-        count, limit = gradient.shape.numel(), 2**62 if self._placement == "host" else RUN
-        if self._placement == "device":
-            fits = (self._model.weights.slot_bytes - ALIGNMENT * (len(self._dtypes) + 1)) * BLOCK // self._block_bytes
-            assert fits >= BLOCK, "a slot holds no block of weights and states"
-            limit = min(fits // BLOCK * BLOCK, RUN)
+        fits = (self._model.weights.slot_bytes - ALIGNMENT * (len(self._dtypes) + 1)) * BLOCK // self._block_bytes
+        assert fits >= BLOCK, "a slot holds no block of weights and states"
+        count, limit = gradient.shape.numel(), min(fits // BLOCK * BLOCK, RUN)
         if isinstance(gradient, OuterProduct):
             rows = math.lcm(gradient.shape[1], BLOCK)  # elements of the fewest that are whole blocks
             limit = (limit // rows * rows or limit) if self._triton else min(limit, TILE)
@@ -187,16 +223,18 @@ class Updater:
         states = sum(BLOCK // KINDS[kind][1] * dtype.itemsize for kind, dtype in self._dtypes.items())
         return BLOCK * self._store.dtype.itemsize + states
 
-    @contextmanager
-    def _memory(self, unit: str, start: int, stop: int) -> Iterator[dict[str, Any]]:
-        """{argument of `update`: elements start ... stop of the unit}, to be changed in place."""
-        on_host = {"weights": self._store.region(unit)[start:stop]}
+    def _on_host(self, unit: str, start: int, stop: int) -> dict[str, Any]:
+        """{argument of `update`: elements start ... stop of the unit in the store}."""
+        found = {"weights": self._store.region(unit)[start:stop]}
         for kind in self._dtypes:
             argument, per = KINDS[kind]
-            on_host[argument] = self._store.region(unit, kind)[start // per : -(-stop // per)]
-        if self._placement == "host":
-            yield on_host
-            return
+            found[argument] = self._store.region(unit, kind)[start // per : -(-stop // per)]
+        return found
+
+    @contextmanager
+    def _memory(self, unit: str, start: int, stop: int) -> Iterator[dict[str, Any]]:
+        """{argument of `update`: elements start ... stop of the unit, on the device}, sent back when the block ends."""
+        on_host = self._on_host(unit, start, stop)
         with self._model.weights.scratch(torch.uint8) as (slot, memory):
             on_device, offset = {}, 0
             for name, values in on_host.items():

@@ -12,8 +12,8 @@ moments again, all in registers. Where it reads otherwise than the definition:
 - Draws. Eight of them are one Philox: the words of (blocks, 32) counters are joined to (blocks, 256).
 - The largest of a block is the largest of the bit patterns of |x|: those of nan are above infinity's.
 
-fp32 products and sums are not contracted (`enable_fp_fusion=False`), the quotient and the root are IEEE's, subnormals are
-kept: every operation is rounded once, as the definition says.
+fp32 products and sums are not contracted (`enable_fp_fusion=False`), the quotient and the root are IEEE's, subnormals
+are kept: every operation is rounded once, as the definition says.
 
 Bytes an element: `leapalign.kernels.adamw8bit_triton`, which is the way in: the launcher checks nothing.
 """

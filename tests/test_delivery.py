@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from leapalign import LeapAlign, alignment_gradients
 from leapalign.engine.modulation import OuterProduct
 from leapalign.engine.plan import MemoryPlan
 from leapalign.engine.streamed import StreamedModel
+from leapalign.kernels.host_pool import Handle
 
 SIGMAS = torch.tensor([1.0, 0.9, 0.7, 0.4, 0.0], dtype=torch.float64)
 PAIRS = torch.tensor([[0, 2], [1, 3], [2, 3]])
@@ -31,11 +34,44 @@ class Collected:
         self.on_host = on_host
         self.grads: dict[str, Tensor] = {}
 
-    def __call__(self, unit: str, gradients: Mapping[str, Tensor | OuterProduct]) -> None:
+    def __call__(self, unit: str, gradients: Mapping[str, Tensor | OuterProduct]) -> Sequence[Handle] | None:
         for name, gradient in gradients.items():
             assert name not in self.grads, f"{name} was delivered twice"
             self.grads[name] = gradient.expand() if isinstance(gradient, OuterProduct) else gradient.clone()
             assert self.grads[name].dtype in (torch.float32, torch.float64)
+        return None
+
+
+class Late(Collected):
+    """The same, read in another thread a while after the call."""
+
+    def __init__(self) -> None:
+        super().__init__(on_host=True)
+        self._thread = ThreadPoolExecutor(1)
+
+    def __call__(self, unit: str, gradients: Mapping[str, Tensor | OuterProduct]) -> Sequence[Handle]:
+        gradients = {
+            name: OuterProduct(gradient.left.clone(), gradient.right.clone())
+            if isinstance(gradient, OuterProduct)
+            else gradient
+            for name, gradient in gradients.items()
+        }
+        return [Reading(self._thread.submit(self._read, unit, gradients))]
+
+    def _read(self, unit: str, gradients: Mapping[str, Tensor | OuterProduct]) -> None:
+        time.sleep(0.02)
+        super().__call__(unit, gradients)
+
+
+class Reading(Handle):
+    """Of a thread that stands for the host kernels'."""
+
+    def __init__(self, future: Future[None]) -> None:
+        self._future = future
+
+    def result(self) -> float:
+        self._future.result()
+        return 0.0
 
 
 @pytest.fixture
@@ -76,6 +112,17 @@ def test_a_sink_gets_what_the_result_would_hold(
     assert sink.grads.keys() == expected.grads.keys()
     for name, gradient in expected.grads.items():  # factors are multiplied out in another order of blocks
         torch.testing.assert_close(sink.grads[name].double(), gradient, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_gradients_stay_until_a_sink_has_read_them(mode: Any, model: StreamedModel, problem: dict[str, Any]) -> None:
+    at_once, late = Collected(), Late()
+    alignment_gradients(model, **problem, executor=mode, sink=at_once)
+    alignment_gradients(model, **problem, executor=mode, sink=late)
+    model.streamer.drain()
+    assert late.grads.keys() == at_once.grads.keys()
+    for name, gradient in at_once.grads.items():
+        assert torch.equal(late.grads[name], gradient), name
 
 
 @pytest.mark.parametrize("mode", MODES)

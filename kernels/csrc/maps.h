@@ -19,6 +19,9 @@ struct Map {
     float slope[8], offset[8];  // of each slot's line; the offset includes kMargin
     float cap[8];               // half a place below the first one of the next slot
     float above[8];             // the largest |y| in the slot
+    // The |y| exactly between the last place of a slot and the first of the next, inf if there is none: with equal
+    // distances the lower code has the lower place or, where y < 0, the higher one, so that it is to be looked up.
+    float tie;
 
     // For |y| >= 2^-29 by the bits from 24 up, modulo 16: of the slot that [4^k, 4^(k+1)) / 2 begins in. Each has at most one
     // slot's end, and then the next one begins in the next slot.

@@ -114,9 +114,9 @@ struct Doubt {
 
 template <bool kSigned>
 struct Encoder {
-    Vector slope, offset, cap, above;
+    Vector slope, offset, cap, above, tie;
 
-    explicit Encoder(const Map &map) {
+    explicit Encoder(const Map &map) : tie(spread(map.tie)) {
         const Vector unit = spread(kUnit), base = spread(kSigned ? kBase : 0.0f);
         slope = mul(load(map.slope), unit);
         offset = add(mul(load(map.offset), unit), base);
@@ -137,7 +137,8 @@ struct Encoder {
         slot = _mm256_sub_epi32(slot, bits(next));
         const Vector rise = _mm256_permutevar8x32_ps(slope, slot), start = _mm256_permutevar8x32_ps(offset, slot);
         const Vector place = _mm256_min_ps(_mm256_fmadd_ps(size, rise, start), _mm256_permutevar8x32_ps(cap, slot));
-        return kSigned ? bits(place) : _mm256_cvttps_epi32(place);
+        if (!kSigned) return _mm256_cvttps_epi32(place);
+        return bits(_mm256_andnot_ps(_mm256_cmp_ps(size, tie, _CMP_EQ_OQ), place));  // a tie: in doubt
     }
 
     // Writes the codes of a group. Those of elements in doubt are to be looked up.

@@ -187,9 +187,9 @@ struct Doubt {
 
 template <bool kSigned>
 struct Encoder {
-    Vector slope, offset, cap, above;
+    Vector slope, offset, cap, above, tie;
 
-    explicit Encoder(const Map &map) : above(load(map.range_above)) {
+    explicit Encoder(const Map &map) : above(load(map.range_above)), tie(spread(map.tie)) {
         const Vector unit = spread(kUnit), base = spread(kSigned ? kBase : 0.0f);
         slope = mul(load(map.range_slope), unit);
         offset = add(mul(load(map.range_offset), unit), base);
@@ -205,8 +205,9 @@ struct Encoder {
         const __mmask16 next = _mm512_cmp_ps_mask(size, _mm512_permutexvar_ps(range, above), _CMP_GT_OQ);
         range = _mm512_mask_add_epi32(range, next, range, _mm512_set1_epi32(1));
         const Vector rise = _mm512_permutexvar_ps(range, slope), start = _mm512_permutexvar_ps(range, offset);
-        const Vector place = _mm512_min_ps(_mm512_fmadd_ps(size, rise, start), _mm512_permutexvar_ps(range, cap));
-        return kSigned ? bits(place) : _mm512_cvttps_epi32(place);
+        const Vector place = _mm512_fmadd_ps(size, rise, start), most = _mm512_permutexvar_ps(range, cap);
+        if (!kSigned) return _mm512_cvttps_epi32(_mm512_min_ps(place, most));
+        return bits(_mm512_maskz_min_ps(_mm512_cmp_ps_mask(size, tie, _CMP_NEQ_OQ), place, most));  // a tie: in doubt
     }
 
     // Writes the codes of a group. Those of elements in doubt are to be looked up.

@@ -17,13 +17,16 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from leapalign.engine.streamer import Buffer, Event, Streamer, WorkerThread
+from leapalign.engine.queues import Event, WorkerThread
+from leapalign.engine.streamer import Buffer, Streamer
+from leapalign.kernels.host_pool import Handle
 
 CPU = torch.device("cpu")
 SIZE = 16  # bytes of every buffer here
 
-# By the rule of the module: each queue, and the host, waits for the touches of all others.
-TOUCHES = {"in": "loaded", "compute": "consumed", "out": "stored"}
+# By the rule of the module: each queue, and the host, waits for the touches of all others; the host also for what it
+# has handed over.
+TOUCHES = {"in": "loaded", "compute": "consumed", "out": "stored", "handed over": "updated"}
 WAITS = [
     (waiter, kind, place)
     for waiter in ("in", "compute", "out", "host")
@@ -47,13 +50,25 @@ class Watched(Streamer):
             super()._wait(name, kind, buffer, event)
 
 
+class Later(Handle):
+    """Work of a thread that stands for the host kernels'."""
+
+    def __init__(self, thread: WorkerThread, work: Callable[[], object]) -> None:
+        thread.run(work)
+        self._thread, self._mark = thread, thread.mark(None)
+
+    def result(self) -> float:
+        self._thread.reach(self._mark)
+        return 0.0
+
+
 class Bench:
     """A streamer whose compute runs in a worker thread, as on a GPU, and buffers that hold one number each."""
 
     def __init__(
         self, without: tuple[str, str, str] | None = None, delay: Callable[[str], float] | None = None
     ) -> None:
-        self.compute = WorkerThread("compute")
+        self.compute, self.threads = WorkerThread("compute"), WorkerThread("host")
         self.streamer = Watched(CPU, without, delay=delay, compute=self.compute)
 
     def slot(self, value: int) -> Buffer:
@@ -68,9 +83,17 @@ class Bench:
         region.tensor.fill_(value)
         return region
 
+    def hand_over(self, work: Callable[[], object], *buffers: Buffer) -> None:
+        self.streamer.hand_over(lambda: [Later(self.threads, work)], *buffers)
+
     def drain(self) -> None:
         self.compute.reach(self.compute.mark(None))
+        self.threads.reach(self.threads.mark(None))
         self.streamer.drain()
+
+    def close(self) -> None:
+        self.streamer.close()
+        self.threads.close()
 
 
 def number(buffer: Buffer) -> int:
@@ -96,7 +119,7 @@ def encounter(waiter: str, kind: str, place: str, *, without: bool, patience: fl
     elif copies_out in (first, waiter):
         writer = first if waiter == copies_out else waiter
     else:
-        writer = "compute"  # and the host reads
+        writer = first  # and the host, or compute, reads
     held: list[str] = []
     passed, overtaken = threading.Event(), threading.Event()
 
@@ -128,6 +151,8 @@ def encounter(waiter: str, kind: str, place: str, *, without: bool, patience: fl
         elif queue == "compute":
             with streamer.use(buffer):
                 bench.compute.run(lambda: work("compute"))
+        elif queue == "handed over":
+            bench.hand_over(lambda: work("handed over"), buffer)
         else:
             streamer.settle(buffer)
             work("host")
@@ -139,14 +164,14 @@ def encounter(waiter: str, kind: str, place: str, *, without: bool, patience: fl
         passed.set()
     else:
         queue = streamer._queues[waiter]
-        assert isinstance(queue, WorkerThread)
+        assert isinstance(queue, WorkerThread)  # none of these waits stops the caller
         queue.run(passed.set)
     bench.drain()
     assert not held and passed.is_set()
     reader = waiter if writer == first else first
     read = number(spares[reader]) if reader == copies_out else found[0]
     right = read == (1 if reader == first else 2) and number(buffer) == 2
-    streamer.close()
+    bench.close()
     return right, overtaken.is_set()
 
 
@@ -173,18 +198,22 @@ def play(bench: Bench, seed: int) -> None:
         to.tensor.mul_(3).add_(source.tensor).add_(1)
 
     for _ in range(30):
-        what, slot, region = draw.choice(["in", "out", "compute", "host"]), draw.choice(slots), draw.choice(regions)
+        what = draw.choice(["in", "out", "compute", "host", "handed over"])
+        slot, region = draw.choice(slots), draw.choice(regions)
         if what == "in":
             streamer.load(slot, region)
             numbers[id(slot)] = numbers[id(region)]
         elif what == "out":
             streamer.store(region, slot)
             numbers[id(region)] = numbers[id(slot)]
-        elif what == "compute":
+        elif what in ("compute", "handed over"):
             to, source = draw.sample(buffers, 2)
-            with streamer.use(to, source):
-                pause = draw.choice([0, 0, 0.0003])
-                bench.compute.run(partial(mix, to, source, pause))
+            pause = draw.choice([0, 0, 0.0003])
+            if what == "compute":
+                with streamer.use(to, source):
+                    bench.compute.run(partial(mix, to, source, pause))
+            else:
+                bench.hand_over(partial(mix, to, source, pause), to, source)
             numbers[id(to)] = (3 * numbers[id(to)] + numbers[id(source)] + 1) % 256
         else:
             buffer = draw.choice(buffers)
@@ -206,7 +235,7 @@ def test_random_programs_under_random_delays() -> None:
         bench = Bench(delay=partial(random_delay, random.Random(-seed)))
         play(bench, seed)
         seen |= bench.streamer.seen
-        bench.streamer.close()
+        bench.close()
     assert seen == set(WAITS)  # so these are all the waits that there are to be left out above
 
 
@@ -529,7 +558,7 @@ def test_the_callers_thread_count_survives_a_streamer_started_before_anybody_ask
     script = (
         "import torch; torch.set_num_threads(3)\n"
         "import threading\n"
-        "from leapalign.engine.streamer import WorkerThread\n"
+        "from leapalign.engine.queues import WorkerThread\n"
         "def start():\n"
         "    WorkerThread('upload').close(); print(torch.get_num_threads())\n"
         "thread = threading.Thread(target=start); thread.start(); thread.join()\n"
