@@ -23,8 +23,8 @@ struct Map {
     // distances the lower code has the lower place or, where y < 0, the higher one, so that it is to be looked up.
     float tie;
 
-    // For |y| >= 2^-29 by the bits from 24 up, modulo 16: of the slot that [4^k, 4^(k+1)) / 2 begins in. Each has at most one
-    // slot's end, and then the next one begins in the next slot.
+    // For |y| >= 2^-29, by its bits from 24 up, modulo 16: of the slot in which such a range, [4^k, 4^(k+1)) / 2, begins.
+    // In none there is more than one slot's end, and after one the next range begins in the next slot.
     float range_slope[16], range_offset[16], range_cap[16];
     float range_above[16];  // the largest |y| in the slot, if that ends in the range
 

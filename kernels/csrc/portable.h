@@ -28,8 +28,10 @@
 // Keeps a compiler from gathering such values in a vector: that takes more instructions than it saves.
 #if defined(__GNUC__)
 #define LEAPALIGN_SCALAR(value) __asm__("" : "+r"(value))
+#define LEAPALIGN_UNROLL _Pragma("GCC unroll 32")
 #else
 #define LEAPALIGN_SCALAR(value)
+#define LEAPALIGN_UNROLL
 #endif
 
 #if defined(__SSE__) || defined(_M_X64)

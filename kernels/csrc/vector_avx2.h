@@ -91,7 +91,7 @@ struct Decoder {
     // kGroup codes to the values of the map. By the load units, which are idle: with eight entries a permutation, lines
     // take longer.
     LEAPALIGN_METHOD void decode(const uint8_t *LEAPALIGN_RESTRICT codes, float *LEAPALIGN_RESTRICT to) const {
-#pragma GCC unroll 32
+        LEAPALIGN_UNROLL
         for (size_t i = 0; i < kGroup; ++i) {
             uint32_t value = values[codes[element_of(i)]];
             LEAPALIGN_SCALAR(value);
@@ -107,8 +107,8 @@ struct Doubt {
     LEAPALIGN_METHOD void include(const Doubt &other) { include(other.words); }
     LEAPALIGN_METHOD uint32_t elements() const {  // a bit for each
         const __m256i behind = _mm256_and_si256(words, _mm256_set1_epi32(0xFFFF));
-        const __m256i near = _mm256_cmpgt_epi32(_mm256_set1_epi32(kDoubt), behind);
-        return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(near)));
+        const __m256i close = _mm256_cmpgt_epi32(_mm256_set1_epi32(kDoubt), behind);
+        return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(close)));
     }
 };
 
@@ -198,7 +198,8 @@ LEAPALIGN_INLINE void draw_group(const Draws &philox, uint32_t counter,  // a mu
         }
     }
     const auto shuffled = [](__m256i x, __m256i y, auto which) {
-        return _mm256_castps_si256(_mm256_shuffle_ps(_mm256_castsi256_ps(x), _mm256_castsi256_ps(y), decltype(which)::value));
+        constexpr int kWhich = decltype(which)::value;
+        return bits(_mm256_shuffle_ps(_mm256_castsi256_ps(x), _mm256_castsi256_ps(y), kWhich));
     };
     using Even = std::integral_constant<int, 0x88>;
     using Odd = std::integral_constant<int, 0xDD>;
