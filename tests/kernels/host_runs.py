@@ -41,7 +41,7 @@ every_isa = pytest.mark.parametrize(
                 name not in host.instruction_sets(), reason=f"needs a processor with {name} and the native module"
             ),
         )
-        for name in ("scalar", "avx2", "avx512")
+        for name in ("scalar", "avx2", "avx512bw", "avx512")
     ],
 )
 
