@@ -43,11 +43,11 @@ class Workload:
         batch: images, all of them with a gradient.
         resolution: pixels a side.
         steps: of the rollout, at least 2.
-        legs: differentiated evaluations, each nested in the next; at most `steps`.
         mode: how the legs share a step (leapalign.streamed).
         keep_block_inputs: the rollout keeps the block inputs of the legs; else they are computed again.
         plan: the engine's; mode and keep_block_inputs are this workload's.
         text_tokens: of the prompt; 512 is FLUX's.
+        legs: differentiated evaluations, each nested in the next; at most `steps`.
         patch: pixels of a token's side.
         dtype: of the weights.
     """
@@ -56,11 +56,11 @@ class Workload:
     batch: int = 8
     resolution: int = 512
     steps: int = 25
-    legs: int = 2
     mode: Literal["paired", "held"] = "paired"
     keep_block_inputs: bool = True
     plan: MemoryPlan = field(default_factory=MemoryPlan)
     text_tokens: int = 512
+    legs: int = 2
     patch: int = PATCH
     dtype: torch.dtype = torch.bfloat16
 
