@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from bench import bits, curves, kernels, memory, optimizers, quality, report
+from bench import bits, curves, kernels, memory, optimizer_states, optimizers, quality, report
 
 
 def main(arguments: list[str]) -> int:
@@ -15,6 +15,9 @@ def main(arguments: list[str]) -> int:
     quality.add_arguments(commands.add_parser("quality", help=quality.SUMMARY, description=quality.__doc__))
     memory.add_arguments(commands.add_parser("memory", help=memory.SUMMARY, description=memory.__doc__))
     optimizers.add_arguments(commands.add_parser("optimizers", help=optimizers.SUMMARY, description=optimizers.__doc__))
+    optimizer_states.add_arguments(
+        commands.add_parser("optimizer-states", help=optimizer_states.SUMMARY, description=optimizer_states.__doc__)
+    )
     curves.add_arguments(commands.add_parser("curves", help=curves.SUMMARY, description=curves.__doc__))
     bits.add_arguments(commands.add_parser("bits", help=bits.SUMMARY, description=bits.__doc__))
     kernels.add_arguments(commands.add_parser("kernels", help=kernels.SUMMARY, description=kernels.__doc__))
@@ -24,6 +27,7 @@ def main(arguments: list[str]) -> int:
         "quality": quality.run,
         "memory": memory.run,
         "optimizers": optimizers.run,
+        "optimizer-states": optimizer_states.run,
         "curves": curves.run,
         "bits": bits.run,
         "kernels": kernels.run,
