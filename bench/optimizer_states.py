@@ -1,8 +1,8 @@
 """What optimizers keep: bytes a parameter of weights, states, and gradients that wait for the update.
 
 Every optimizer takes one step on parameters of a FLUX block's sizes; then the storages that its weights and its state
-hold are summed, each once, whatever they are called: codes, scales, maps, masters, averages, padding. Gradients are what
-the parameters' `grad`, or the engine's host memory, held before the step.
+hold are summed, each once, whatever they are called: codes, scales, maps, masters, averages, padding. Gradients are
+what the parameters' `grad`, or the engine's host memory, held before the step.
 
     torch                 AdamW on float32 and on bfloat16 weights
     bitsandbytes          AdamW8bit; PagedAdamW8bit, whose states a GPU pages out to the host
@@ -58,7 +58,7 @@ class Parameters(nn.Module):
         x = self.embed(x)
         for block in self.blocks:
             x = block(x)
-        return self.head(x)  # type: ignore[no-any-return]
+        return self.head(x)
 
 
 # ---- ways ----------------------------------------------------------------------------------------------------------
