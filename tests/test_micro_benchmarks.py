@@ -21,6 +21,12 @@ def run(*arguments: str, capsys: pytest.CaptureFixture[str]) -> str:
     return printed
 
 
+@pytest.fixture(autouse=True)
+def alone(monkeypatch):
+    """Benchmarks are off in a worker of xdist, which is known by this variable."""
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
+
+
 def test_each_says_what_it_moves_and_where_and_is_compared_with_a_saved_run(tmp_path, capsys):
     where = f"--benchmark-storage={tmp_path}"
     run("-k", "test_quantize or (test_vjp and streamed)", *ONE_ROUND, where, "--benchmark-save=first", capsys=capsys)

@@ -42,10 +42,9 @@ def states(count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return codes_m.to(torch.uint8), absmax, codes_v.to(torch.uint8), absmax.clone()
 
 
-def stepping(
-    update: Callable[..., Any], count: int, gradient: torch.dtype = torch.bfloat16, **more: Any
-) -> Callable[[], Any]:
-    weights, grads, moments = drawn(count, torch.bfloat16, 0.02), drawn(count, gradient, 1e-3), states(count)
+def stepping(update: Callable[..., Any], count: int, **more: Any) -> Callable[[], Any]:
+    weights, grads = drawn(count, torch.bfloat16, 0.02), drawn(count, torch.bfloat16, 1e-3)
+    moments = states(count)
     return lambda: update(weights, grads, *moments, HYPER, seed=1, parameter=0, **more)
 
 
