@@ -8,10 +8,10 @@ import sys
 from bench import bits, curves, kernels, memory, optimizer_states, optimizers, quality, report
 
 
-def main(arguments: list[str]) -> int:
-    """Run the benchmark that the first argument names; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    commands = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
+def parser() -> argparse.ArgumentParser:
+    """Of `python -m bench`, with a command for each benchmark."""
+    found = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    commands = found.add_subparsers(dest="what", required=True, metavar="WHAT")
     quality.add_arguments(commands.add_parser("quality", help=quality.SUMMARY, description=quality.__doc__))
     memory.add_arguments(commands.add_parser("memory", help=memory.SUMMARY, description=memory.__doc__))
     optimizers.add_arguments(commands.add_parser("optimizers", help=optimizers.SUMMARY, description=optimizers.__doc__))
@@ -22,7 +22,12 @@ def main(arguments: list[str]) -> int:
     bits.add_arguments(commands.add_parser("bits", help=bits.SUMMARY, description=bits.__doc__))
     kernels.add_arguments(commands.add_parser("kernels", help=kernels.SUMMARY, description=kernels.__doc__))
     commands.add_parser("report", help=report.SUMMARY, description=report.__doc__)
-    options, overrides = parser.parse_known_args(arguments)
+    return found
+
+
+def main(arguments: list[str]) -> int:
+    """Run the benchmark that the first argument names; returns the exit code."""
+    options, overrides = parser().parse_known_args(arguments)
     runs = {
         "quality": quality.run,
         "memory": memory.run,
