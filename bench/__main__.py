@@ -4,41 +4,50 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Mapping
+from typing import Any
 
-from bench import bits, curves, kernels, memory, optimizer_states, optimizers, quality, report
+from bench import (
+    bits,
+    curves,
+    host_optimizer,
+    kernels,
+    memory,
+    optimizer_states,
+    optimizers,
+    quality,
+    report,
+    tracking,
+)
+
+COMMANDS: Mapping[str, Any] = {
+    "quality": quality,
+    "memory": memory,
+    "optimizers": optimizers,
+    "optimizer-states": optimizer_states,
+    "curves": curves,
+    "bits": bits,
+    "kernels": kernels,
+    "host-optimizer": host_optimizer,
+    "tracking": tracking,
+    "report": report,
+}
 
 
 def parser() -> argparse.ArgumentParser:
     """Of `python -m bench`, with a command for each benchmark."""
     found = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     commands = found.add_subparsers(dest="what", required=True, metavar="WHAT")
-    quality.add_arguments(commands.add_parser("quality", help=quality.SUMMARY, description=quality.__doc__))
-    memory.add_arguments(commands.add_parser("memory", help=memory.SUMMARY, description=memory.__doc__))
-    optimizers.add_arguments(commands.add_parser("optimizers", help=optimizers.SUMMARY, description=optimizers.__doc__))
-    optimizer_states.add_arguments(
-        commands.add_parser("optimizer-states", help=optimizer_states.SUMMARY, description=optimizer_states.__doc__)
-    )
-    curves.add_arguments(commands.add_parser("curves", help=curves.SUMMARY, description=curves.__doc__))
-    bits.add_arguments(commands.add_parser("bits", help=bits.SUMMARY, description=bits.__doc__))
-    kernels.add_arguments(commands.add_parser("kernels", help=kernels.SUMMARY, description=kernels.__doc__))
-    commands.add_parser("report", help=report.SUMMARY, description=report.__doc__)
+    for name, module in COMMANDS.items():
+        module.add_arguments(commands.add_parser(name, help=module.SUMMARY, description=module.__doc__))
     return found
 
 
 def main(arguments: list[str]) -> int:
     """Run the benchmark that the first argument names; returns the exit code."""
     options, overrides = parser().parse_known_args(arguments)
-    runs = {
-        "quality": quality.run,
-        "memory": memory.run,
-        "optimizers": optimizers.run,
-        "optimizer-states": optimizer_states.run,
-        "curves": curves.run,
-        "bits": bits.run,
-        "kernels": kernels.run,
-        "report": report.run,
-    }
-    return runs[options.what](options, overrides)
+    code: int = COMMANDS[options.what].run(options, overrides)
+    return code
 
 
 if __name__ == "__main__":
