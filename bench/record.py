@@ -43,7 +43,7 @@ def versions() -> dict[str, str]:
 
 
 def write(name: str, command: list[str], results: dict[str, Any]) -> Path:
-    """Write bench/results/<name>.json: `results` after date, command (what follows `bench`), machine, versions, sources."""
+    """Write bench/results/<name>.json: date, command (what follows `bench`), machine, versions, sources, `results`."""
     RESULTS.mkdir(exist_ok=True)
     head = {
         "date": datetime.now(UTC).date().isoformat(),

@@ -18,8 +18,10 @@ ROOT = Path(__file__).parent.parent
 _METHOD = [f"leapalign/{name}.py" for name in ("alignment", "surrogates", "rollout", "schedule", "draws", "trainer")]
 _PACKAGED = ["leapalign/presets/shapes.yaml", "leapalign/zoo/shapes/pipeline/training.json"]
 _EIGHT_BIT = [f"kernels/{name}.py" for name in ("adamw8bit", "quantize", "rounding")]
-_ENGINE = ("activations", "backward", "evaluation", "gradients", "hoisting", "modulation", "passes", "queues", "setting")
-_ENGINE += ("staging", "store", "streamed", "streamer", "sums", "units", "velocity", "visiting", "vjp", "weights")
+_ENGINE = (
+    "activations backward evaluation gradients hoisting modulation passes queues setting store streamed streamer sums "
+    "units velocity visiting vjp weights"
+).split()
 _STEP = [*(f"engine/{name}.py" for name in _ENGINE), "engine/backbones/*.py", "leapalign/streamed.py"]
 _UPDATE = ["engine/optim.py", "engine/update.py", *_EIGHT_BIT, "kernels/host*.py", "kernels/csrc/*"]
 _TRITON = [f"kernels/{name}*.py" for name in ("leap", "cotangents", "modulate", "gated", "rows", "heads", "qk_norm")]
@@ -30,6 +32,7 @@ DEPENDS: Mapping[str, list[str]] = {
     "quality": [*_METHOD, *_PACKAGED, *_EIGHT_BIT],
     "curves": [*_METHOD, *_PACKAGED, *_EIGHT_BIT],
     "optimizers": [*_METHOD[:3], *_PACKAGED, *_EIGHT_BIT],
+    "tracking": [*_EIGHT_BIT, *_PACKAGED[1:], "bench/optimizer_steps.py"],
     "optimizer-states": ["engine/optim.py", "engine/update.py", "engine/store.py", "kernels/quantize.py"],
     "memory": [*_STEP, "bench/simulate.py", "bench/devices.py"],
     "throughput": [*_STEP, *_TRITON, *_UPDATE],
@@ -67,8 +70,9 @@ def _code(text: str) -> str:
             row, column = token.start
             lines[row - 1] = lines[row - 1][:column]
     for node in ast.walk(ast.parse(text)):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-            if ast.get_docstring(node, clean=False) is not None:
-                first, last = node.body[0].lineno, node.body[0].end_lineno
-                lines[first - 1 : last] = [""] * ((last or first) - first + 1)
+        if not isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            continue
+        if ast.get_docstring(node, clean=False) is not None:
+            first, last = node.body[0].lineno, node.body[0].end_lineno
+            lines[first - 1 : last] = [""] * ((last or first) - first + 1)
     return "\n".join(line.rstrip() for line in lines if line.strip())
