@@ -9,6 +9,15 @@ from bench.markdown import command, gib, table
 
 Results = Sequence[dict[str, Any]]
 _RESIDENT = {"all": "all but modulation", "none": "two blocks"}
+_QUOTED = (
+    "leapalign AdamW8bit",
+    "leapalign, 8-bit residual",
+    "leapalign, float32 master",
+    "leapalign, average (EMA)",
+    "leapalign, global-norm clip",
+    "torch AdamW, float32",
+    "bitsandbytes AdamW8bit",
+)
 METHODS = {
     "full_autograd": "all steps in one graph",
     "full_checkpointed": "one graph, a checkpoint a block",
@@ -53,8 +62,10 @@ def simulated(results: Results, *, short: bool = False) -> str:
     return f"{table(heads, rows)}\n{text} {made}\n"
 
 
-def trajectory(results: Results) -> str:
-    """Peak memory of every method at every number of differentiated steps, a table a model."""
+def trajectory(results: Results, *, short: bool = False) -> str:
+    """Peak memory of every method at every number of differentiated steps, a table a model; short: of the largest."""
+    if short:
+        results = [max(results, key=lambda result: max(p for p in result["peak_bytes"]["full_autograd"] if p))]
     return "\n".join(_trajectory_of(result) for result in sorted(results, key=_model))
 
 
@@ -90,10 +101,12 @@ def _model(result: dict[str, Any]) -> str:
 
 
 def optimizer_states(results: Results, *, short: bool = False) -> str:
-    """Bytes a parameter of weights, states and waiting gradients; short: without what is not measured."""
+    """Bytes a parameter of weights, states and waiting gradients; short: of some."""
     result = results[-1]
     rows, missing = [], []
     for name, row in result["optimizers"].items():
+        if short and name not in _QUOTED:
+            continue
         if "absent" in row:
             missing.append(f"{name}: {row['absent'].rstrip('.')}")
             continue
@@ -105,6 +118,6 @@ def optimizer_states(results: Results, *, short: bool = False) -> str:
         f"Summed over the storages that each holds after a step on {result['parameters'] / 1e6:.1f}M parameters of "
         f"FLUX's shapes; torch {result['versions']['torch']}, {versions}. Ours are in host memory."
     )
-    if missing and not short:
+    if missing:
         text += f" Not measured: {'; '.join(missing)}."
     return f"{table(heads, rows)}\n{text} {command([result])}\n"

@@ -115,6 +115,7 @@ SECTIONS = (
         memory_tables.trajectory,
         "python -m bench memory --trajectory 1,2,3,5,10,25 --model shapes --output trajectory-shapes",
         figure=figures.TRAJECTORY,
+        quoted=partial(memory_tables.trajectory, short=True),
     ),
     Section(
         "throughput",
@@ -145,6 +146,7 @@ SECTIONS = (
         "python -m bench kernels --json bench/results/kernels-timed.json",
         GPU,
         figure=figures.ROOFLINE,
+        quoted=speed_tables.kernels_timed_beside,
     ),
     Section(
         "host-optimizer",
@@ -154,6 +156,7 @@ SECTIONS = (
         speed_tables.host_optimizer,
         "python -m bench host-optimizer --output host-optimizer",
         figure=figures.HOST,
+        quoted=speed_tables.host_optimizer_in_words,
     ),
     Section(
         "gpu",
@@ -163,6 +166,7 @@ SECTIONS = (
         speed_tables.gpu,
         "python -m bench gpu",
         GPU,
+        quoted=partial(speed_tables.gpu, short=True),
     ),
     Section(
         "doctor",

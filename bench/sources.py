@@ -18,10 +18,26 @@ ROOT = Path(__file__).parent.parent
 _METHOD = [f"leapalign/{name}.py" for name in ("alignment", "surrogates", "rollout", "schedule", "draws", "trainer")]
 _PACKAGED = ["leapalign/presets/shapes.yaml", "leapalign/zoo/shapes/pipeline/training.json"]
 _EIGHT_BIT = [f"kernels/{name}.py" for name in ("adamw8bit", "quantize", "rounding")]
-_ENGINE = (
-    "activations backward evaluation gradients hoisting modulation passes queues setting store streamed streamer sums "
-    "units velocity visiting vjp weights"
-).split()
+_ENGINE = [
+    "activations",
+    "backward",
+    "evaluation",
+    "gradients",
+    "hoisting",
+    "modulation",
+    "passes",
+    "queues",
+    "setting",
+    "store",
+    "streamed",
+    "streamer",
+    "sums",
+    "units",
+    "velocity",
+    "visiting",
+    "vjp",
+    "weights",
+]
 _STEP = [*(f"engine/{name}.py" for name in _ENGINE), "engine/backbones/*.py", "leapalign/streamed.py"]
 _UPDATE = ["engine/optim.py", "engine/update.py", *_EIGHT_BIT, "kernels/host*.py", "kernels/csrc/*"]
 _TRITON = [f"kernels/{name}*.py" for name in ("leap", "cotangents", "modulate", "gated", "rows", "heads", "qk_norm")]

@@ -42,9 +42,9 @@ def kernels_compiled_in_words(results: Results) -> str:
     spilled = max(each["spilled_bytes"] for each in built)
     narrowest = min(each["narrowest_streamed_bytes"] for each in built if each["narrowest_streamed_bytes"])
     return (
-        f"{len(built)} binaries, every configuration of every kernel for {_architectures(result)}: at most "
-        f"{spilled} spilled bytes, and no access to a large array narrower than {narrowest} bytes. "
-        f"{command([result])}\n"
+        f"{len(built)} binaries, every configuration of every kernel for {_architectures(result)}: "
+        f"{f'at most {spilled} spilled bytes' if spilled else 'no register is spilled'}, and no access to a large "
+        f"array is narrower than {narrowest} bytes. {command([result])}\n"
     )
 
 
@@ -82,12 +82,53 @@ def _timed_on(result: Mapping[str, Any]) -> str:
     return f"{table(heads, rows)}\n{text} {command([result])}\n"
 
 
+def kernels_timed_beside(results: Results) -> str:
+    """Ours beside eager and compiled torch at the largest resolution, a table a GPU."""
+    return "\n".join(_beside(result) for result in results)
+
+
+def _beside(result: Mapping[str, Any]) -> str:
+    largest = max((row["resolution"] for row in result["operations"] if row["resolution"]), default=None)
+    rows = []
+    for row in result["operations"]:
+        ours = row["ways"]["leapalign"]
+        if row["resolution"] not in (None, largest) or "absent" in ours:
+            continue
+        others = [row["ways"].get(way, {}).get("seconds") for way in ("torch eager", "torch.compile")]
+        cells = [f"{row['operation']} {row['dtype']}", f"{ours['bytes_per_second'] / 1e9:.0f}"]
+        cells.append(f"{100 * ours['of_copy']:.0f} %")
+        rows.append([*cells, *("" if other is None else f"{other / ours['seconds']:.2f}" for other in others)])
+    heads = [str(result["device"]), "GB/s", "of a copy", "times faster than eager", "than torch.compile"]
+    where = "" if largest is None else f"At {largest}². "
+    return f"{table(heads, rows)}\n{where}{command([result])}\n"
+
+
 # ---- host ----------------------------------------------------------------------------------------------------------
 
 
 def host_optimizer(results: Results) -> str:
     """Parameters a second of AdamWs on the host, a table a machine."""
     return "\n".join(_host_on(result) for result in results)
+
+
+def host_optimizer_in_words(results: Results) -> str:
+    """What the best instruction set reaches, a sentence a machine."""
+    lines = []
+    for result in results:
+        rates = result["mparams_per_s"]
+        name = next((isa for isa in ("avx512", "avx2", "scalar") if rates.get(isa)), None)
+        if name is None or not rates.get("torch_fused_fp32"):
+            continue
+        lines.append(
+            f"{HOST_NAMES[name]}: {rates[name]:.0f} million parameters a second, "
+            f"{rates[name] / rates['torch_fused_fp32']:.2f} times torch's fused fp32 AdamW in the same run, with "
+            f"{_threads(result)}. {command([result])}\n"
+        )
+    return "\n".join(lines)
+
+
+def _threads(result: Mapping[str, Any]) -> str:
+    return f"{result['threads']} thread{'s' * (result['threads'] > 1)} of {result['machine']['cpu']}"
 
 
 def _host_on(result: Mapping[str, Any]) -> str:
@@ -102,7 +143,7 @@ def _host_on(result: Mapping[str, Any]) -> str:
         cells.append(f"{cores[name]:.2f}" if isinstance(cores, Mapping) and name in cores else "")
         if rate is not None or bandwidth is not None:
             rows.append(cells)
-    text = f"{result['threads']} thread{'s' * (result['threads'] > 1)} of {result['machine']['cpu']}, all in turn."
+    text = f"{_threads(result)}, all in turn."
     if not isinstance(cores, Mapping):
         text += f" Cores obtained: {cores:.2f}."
     for name, reason in result.get("left_out", {}).items():
@@ -175,17 +216,17 @@ def _where(result: Mapping[str, Any]) -> str:
     return str(result["machine"].get("gpu") or threads(result["machine"]))
 
 
-def gpu(results: Results) -> str:
-    """The stages of `bench gpu`, a table a run."""
-    return "\n".join(_gpu_run(result) for result in results)
+def gpu(results: Results, *, short: bool = False) -> str:
+    """The stages of `bench gpu`, a table a run; short: whether they passed."""
+    return "\n".join(_gpu_run(result, 0 if short else _SHOWN) for result in results)
 
 
-def _gpu_run(result: Mapping[str, Any]) -> str:
+def _gpu_run(result: Mapping[str, Any], most: int) -> str:
     rows = []
     for name, stage in result["stages"].items():
         seconds = stage.get("seconds")
         numbers = {k: v for k, v in _flat(stage) if k not in ("status", "seconds")}
-        words = "; ".join(f"{key} {value}" for key, value in list(numbers.items())[:_SHOWN])
+        words = "; ".join(f"{key} {value}" for key, value in list(numbers.items())[:most])
         rows.append([name, str(stage["status"]), "" if seconds is None else f"{seconds:.0f}", words.replace("|", "/")])
     return f"{table([_where(result), 'status', 's', ''], rows)}\n{command([result])}\n"
 
