@@ -66,18 +66,16 @@ def trajectory(results: Results, *, short: bool = False) -> str:
     """Peak memory of every method at every number of differentiated steps, a table a model; short: of the largest."""
     if short:
         results = [max(results, key=lambda result: max(p for p in result["peak_bytes"]["full_autograd"] if p))]
-    return "\n".join(_trajectory_of(result) for result in sorted(results, key=_model))
+    return "\n".join(_trajectory_of(result, short) for result in sorted(results, key=_model))
 
 
-def _trajectory_of(result: dict[str, Any]) -> str:
-    laws = result["growth"].get("bytes_per_step", {})
-    rows = []
-    for method, peaks in result["peak_bytes"].items():
-        law = laws.get(method)
-        grows = "" if law is None else f"{law['slope'] / 2**20:+.2f} MiB"
-        if law is not None and law.get("r_squared") is not None:
-            grows += f", R² {law['r_squared']:.4f}"
-        rows.append([METHODS.get(method, method), *(gib(peak, 2) for peak in peaks), grows])
+def _trajectory_of(result: dict[str, Any], short: bool) -> str:
+    growth = {name.removeprefix("bytes_per_"): laws for name, laws in result["growth"].items() if "bytes_per_" in name}
+    rows = [
+        [METHODS.get(method, method), *(gib(peak, 2) for peak in peaks), _law(growth.get("step", {}).get(method))]
+        for method, peaks in result["peak_bytes"].items()
+    ]
+    more = {unit: laws for unit, laws in growth.items() if unit != "step"}
     settings = result["settings"]
     size = ", ".join(
         f"{name} {settings[name]}" for name in ("batch", "resolution", "blocks", "steps") if name in settings
@@ -92,8 +90,23 @@ def _trajectory_of(result: dict[str, Any]) -> str:
         )
     if "included" in result:
         text += f" Included: {result['included']}."
-    heads = [_model(result), *(f"{length} steps" for length in result["lengths"]), "a step more"]
-    return f"{table(heads, rows)}\n{text} {command([result])}\n"
+    heads = [_model(result), *(f"{length} step{'s' * (length > 1)}" for length in result["lengths"]), "a step more"]
+    if not more or short:
+        return f"{table(heads, rows)}\n{text} {command([result])}\n"
+    others = [
+        [METHODS.get(method, method), *(_law(laws.get(method)) for laws in more.values())]
+        for method in result["peak_bytes"]
+    ]
+    along = table([f"{_model(result)}, two steps", *(f"{unit} more" for unit in more)], others)
+    return f"{table(heads, rows)}\n{along}\n{text} {command([result])}\n"
+
+
+def _law(line: dict[str, Any] | None) -> str:
+    """Slope and how well the line fits."""
+    if line is None:
+        return ""
+    sure = "" if line.get("r_squared") is None else f", R² {line['r_squared']:.4f}"
+    return f"{line['slope'] / 2**20:+.2f} MiB{sure}"
 
 
 def _model(result: dict[str, Any]) -> str:

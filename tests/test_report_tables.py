@@ -34,6 +34,7 @@ TRAJECTORY = {
     },
     "growth": {
         "bytes_per_step": {"full_autograd": LAW, "engine_paired": {**LAW, "slope": 0.0, "r_squared": None}},
+        "bytes_per_token": {"engine_paired": {**LAW, "r_squared": None}},
         "spread_over_lengths": {"engine_paired": 0.012},
     },
     "axes": {
@@ -122,10 +123,12 @@ CASES = [
         "trajectory-shapes",
         TRAJECTORY,
         [
-            "| shapes | 1 steps | 2 steps | 5 steps | a step more |",
+            "| shapes | 1 step | 2 steps | 5 steps | a step more |",
             "| all steps in one graph | 1.00 GiB | 2.00 GiB | 5.00 GiB | +1.00 MiB, R² 1.0000 |",
             "| LeapAlign as published, one graph |  | 1.00 GiB |  |  |",
             "Measured on real tensors: batch 1, resolution 128, steps 25.",
+            "| shapes, two steps | token more |",
+            "| this engine, block inputs kept | +1.00 MiB |",
             "1.2 % (this engine, block inputs kept)",
         ],
     ),
