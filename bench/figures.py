@@ -23,6 +23,7 @@ Results = Sequence[Mapping[str, Any]]
 Data = list[dict[str, Any]]  # a dictionary for each panel
 _KEY = "Source"  # of the PNG's text
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")  # Okabe and Ito
+_BAR = 0.6  # height, of 1
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,13 @@ def write(figure: Figure, data: Data, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    style = {"axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False}
+    style = {
+        "axes.grid": True,
+        "axes.axisbelow": True,
+        "grid.alpha": 0.3,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+    }
     with pyplot.rc_context({**style, "font.size": 9, "axes.prop_cycle": pyplot.cycler(color=_COLOURS)}):
         picture, axes = pyplot.subplots(len(data), figsize=(7.2, 3.8 * len(data)), layout="constrained", squeeze=False)
         for panel, each in zip(data, axes[:, 0], strict=True):
@@ -89,13 +96,17 @@ def _trajectory_data(results: Results) -> Data:
 
 
 def _draw_trajectory(axes: Any, panel: Mapping[str, Any]) -> None:
+    most = max(peak for peaks in panel["peaks"].values() for peak in peaks if peak is not None)
+    unit, name_of_unit = (GIB, "GiB") if most >= GIB else (2**20, "MiB")
     for name, peaks in panel["peaks"].items():
-        points = [(n, peak / GIB) for n, peak in zip(panel["lengths"], peaks, strict=True) if peak is not None]
+        points = [(n, peak / unit) for n, peak in zip(panel["lengths"], peaks, strict=True) if peak is not None]
         if points:
             axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=name)
-    axes.set(xscale="log", yscale="log", xlabel="differentiated steps", ylabel="peak GiB", title=panel["title"])
-    axes.set_xticks(panel["lengths"], labels=[str(n) for n in panel["lengths"]], minor=False)
-    axes.tick_params(axis="x", which="minor", bottom=False)
+    axes.set(xscale="log", yscale="log", xlabel="differentiated steps", ylabel=f"peak {name_of_unit}")
+    axes.set_xticks(panel["lengths"], labels=[str(n) for n in panel["lengths"]])
+    axes.set_xticks([], minor=True)
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.set_title(panel["title"])
     axes.legend(fontsize=8)
 
 
@@ -154,11 +165,11 @@ def _draw_phases(axes: Any, panel: Mapping[str, Any]) -> None:
     left = dict.fromkeys(ways, 0.0)
     for phase in phases:
         widths = [ways[way].get(phase, 0.0) for way in ways]
-        axes.barh(list(ways), widths, left=list(left.values()), label=phase)
+        axes.barh(list(ways), widths, left=list(left.values()), height=_BAR, label=phase)
         left = {way: left[way] + width for way, width in zip(ways, widths, strict=True)}
-    axes.invert_yaxis()
-    axes.set(xlabel="seconds a step", title=panel["title"])
-    axes.legend(fontsize=8)
+    axes.set(xlabel="seconds a step", title=panel["title"], ylim=(len(ways) - 0.4, -0.6))
+    axes.grid(visible=False, axis="y")
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
 
 
 def _roofline_data(results: Results) -> Data:
@@ -197,12 +208,11 @@ def _host_data(results: Results) -> Data:
 
 def _draw_host(axes: Any, panel: Mapping[str, Any]) -> None:
     names, rates = list(panel["rates"]), list(panel["rates"].values())
-    bars = axes.barh(
-        names, rates, color=[_COLOURS[0] if name.startswith("8-bit in C++") else "#999999" for name in names]
-    )
+    colours = [_COLOURS[0] if name.startswith("8-bit in C++") else _COLOURS[-1] for name in names]
+    bars = axes.barh(names, rates, height=_BAR, color=colours)
     axes.bar_label(bars, fmt="%.0f", padding=3, fontsize=8)
-    axes.invert_yaxis()
-    axes.set(xlabel="million parameters a second", title=panel["title"])
+    axes.set(xlabel="million parameters a second", title=panel["title"], ylim=(len(names) - 0.4, -0.6))
+    axes.grid(visible=False, axis="y")
 
 
 TRAJECTORY = Figure(
