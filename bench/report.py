@@ -22,6 +22,7 @@ from bench.figures import Data, Figure
 from bench.markdown import threads
 from bench.record import RESULTS
 from bench.sections import SECTIONS, Section
+from bench.step_tables import parts
 
 SUMMARY = "write docs/benchmarks.md, its figures, and the tables in README.md from the result files"
 ROOT = Path(__file__).parent.parent
@@ -64,9 +65,14 @@ def run(options: argparse.Namespace, unknown: list[str]) -> int:
 
 
 def load() -> dict[str, Result]:
-    """{name of the file: result} of all that hold today, in order of the names."""
-    found = {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
-    return {name: result for name, result in found.items() if not is_stale(result)}
+    """{name of the file: result} of all that hold today, in order of the names; also what the stages of a run found."""
+    found: dict[str, Result] = {}
+    for path in sorted(RESULTS.glob("*.json")):
+        result = json.loads(path.read_text())
+        if not is_stale(result):
+            found[path.stem] = result
+            found |= {f"{path.stem}, {number}": part for number, part in enumerate(parts(result), 1)}
+    return found
 
 
 def is_stale(result: Mapping[str, Any]) -> bool:

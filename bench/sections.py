@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from bench import figures, memory_tables, speed_tables, training_tables
+from bench import figures, memory_tables, speed_tables, step_tables, training_tables
 from bench.figures import Figure
 
 Make = Callable[[Sequence[dict[str, Any]]], str]
@@ -123,7 +123,7 @@ SECTIONS = (
         "Seconds of an optimizer step: streamed under a device cap, resident, and by the trainer that one would write "
         "with diffusers, checkpointing and an 8-bit optimizer.",
         _with("ways", "device"),
-        speed_tables.throughput,
+        step_tables.throughput,
         "python -m bench throughput --model flux1_dev --output throughput-flux1-dev",
         GPU,
         figure=figures.PHASES,
@@ -163,17 +163,17 @@ SECTIONS = (
         "A run on a GPU",
         "The stages of `bench gpu`: correctness on the device, ceilings, real-sized steps under device caps.",
         _with("stages"),
-        speed_tables.gpu,
+        step_tables.gpu,
         "python -m bench gpu",
         GPU,
-        quoted=partial(speed_tables.gpu, short=True),
+        quoted=partial(step_tables.gpu, short=True),
     ),
     Section(
         "doctor",
         "Machines",
         "What `leapalign doctor` measures, and which presets fit.",
         _with("rates", "presets"),
-        speed_tables.doctor,
+        step_tables.doctor,
         "leapalign doctor --json > bench/results/doctor.json",
     ),
 )

@@ -1,12 +1,12 @@
-"""Tables of kernels, the host's optimizer, steps on a GPU, and machines."""
+"""Tables of kernels and of the optimizer on the host."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bench.markdown import command, gib, table, threads
+from bench.markdown import command, table
 
 Results = Sequence[dict[str, Any]]
 
@@ -164,116 +164,3 @@ HOST_NAMES = {
     "copy": "a copy",
     "in_place_mix": "the 8-bit update's traffic without its arithmetic",
 }
-
-
-# ---- steps ---------------------------------------------------------------------------------------------------------
-
-
-def throughput(results: Results) -> str:
-    """Seconds by phase and what becomes of them, a table a result file."""
-    return "\n".join(_throughput_of(result) for result in results)
-
-
-def _throughput_of(result: Mapping[str, Any]) -> str:
-    ways = result["ways"]
-    phases = list(dict.fromkeys(phase for way in ways for phase in way.get("seconds", {}) if phase != "total"))
-    rows = []
-    for way in ways:
-        if "seconds" not in way:
-            rows.append([way["way"], absence(way), *[""] * (len(phases) + 6)])
-            continue
-        seconds = way["seconds"]
-        spread = "" if way.get("spread") is None else f" ± {50 * way['spread']:.0f} %"
-        cells = [way["way"], f"{seconds['total']:.2f}{spread}"]
-        cells += [_scaled(seconds.get(phase), 1, 2) for phase in phases]
-        cells += [f"{way['images_per_s']:.3g}", _scaled(way.get("flops_per_s"), 1e12, 1)]
-        cells.append(_scaled(way.get("of_matmul"), 0.01, 0, " %"))
-        movement = way.get("movement") or {}
-        moved = [movement.get(f"{direction}_bytes") for direction in ("h2d", "d2h")]
-        cells.append(" + ".join(_scaled(number, 1e9, 1) for number in moved if number is not None))
-        cells.append(_scaled(movement.get("overlap"), 0.01, 0, " %"))
-        cells.append(gib(way.get("peak_device_bytes")))
-        rows.append(cells)
-    heads = [str(result["device"]), "s a step", *phases, "images/s", "TFLOP/s", "of a matrix product"]
-    heads += ["GB to and from the device", "copies hidden", "peak device memory"]
-    settings = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in result["settings"].items())
-    text = f"{settings}; the matrix product of the same run reached {result['matmul_flops_per_s'] / 1e12:.1f} TFLOP/s."
-    return f"{table(heads, rows)}\n{text} {command([result])}\n"
-
-
-def absence(way: Mapping[str, Any]) -> str:
-    """Why a way has no seconds."""
-    if "out_of_memory_bytes" in way:
-        return f"out of memory at {gib(way['out_of_memory_bytes'], 0)}"
-    return str(way.get("refused", "not measured")).partition("\n")[0].replace("|", "/")
-
-
-def _scaled(value: float | None, unit: float, digits: int, suffix: str = "") -> str:
-    return "" if value is None else f"{value / unit:.{digits}f}{suffix}"
-
-
-def _where(result: Mapping[str, Any]) -> str:
-    return str(result["machine"].get("gpu") or threads(result["machine"]))
-
-
-def gpu(results: Results, *, short: bool = False) -> str:
-    """The stages of `bench gpu`, a table a run; short: whether they passed."""
-    return "\n".join(_gpu_run(result, 0 if short else _SHOWN) for result in results)
-
-
-def _gpu_run(result: Mapping[str, Any], most: int) -> str:
-    rows = []
-    for name, stage in result["stages"].items():
-        seconds = stage.get("seconds")
-        numbers = {k: v for k, v in _flat(stage) if k not in ("status", "seconds")}
-        words = "; ".join(f"{key} {value}" for key, value in list(numbers.items())[:most])
-        rows.append([name, str(stage["status"]), "" if seconds is None else f"{seconds:.0f}", words.replace("|", "/")])
-    return f"{table([_where(result), 'status', 's', ''], rows)}\n{command([result])}\n"
-
-
-_SHOWN = 12  # numbers of a stage; the result file has all
-
-
-# ---- machines ------------------------------------------------------------------------------------------------------
-
-
-def doctor(results: Results) -> str:
-    """What `leapalign doctor` measured, a table a machine."""
-    return "\n".join(_doctor_on(result) for result in results)
-
-
-def _doctor_on(result: Mapping[str, Any]) -> str:
-    measured = [[key, value] for key, value in _flat(result["rates"])]
-    presets = [
-        [each["name"], "fits" if each["fits"] else "does not fit", each["text"].replace("|", "/")]
-        for each in result.get("presets", [])
-    ]
-    return (
-        f"{table(['rate', result['device']], measured)}\n"
-        + (f"{table(['preset', '', ''], presets)}\n" if presets else "")
-        + "Command: `leapalign doctor --json`.\n"
-    )
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """(name, number with its unit) of all numbers and words in nested mappings."""
-    for key, value in values.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{name} ")
-        elif isinstance(value, bool | str):
-            yield name, str(value).partition("\n")[0][:120]
-        elif isinstance(value, int | float):
-            yield name, _with_unit(key if "per_s" in key or "bytes" in key else name, value)
-
-
-def _with_unit(name: str, value: float) -> str:
-    if "flops" in name:
-        return f"{value / 1e12:.1f} TFLOP/s"
-    if name.endswith("bytes"):
-        return gib(value)
-    if "bytes_per_s" in name or name.startswith(("copies ", "host ")):
-        return f"{value / 1e9:.1f} GB/s"
-    if "seconds" in name:
-        return f"{value:.3g} s"
-    return f"{value:.4g}"
