@@ -41,9 +41,9 @@ def noise(step: int) -> Tensor:
 def fp32_path() -> tuple[Tensor, Tensor]:
     """AdamW's weights before and after each step, (1001, 4096), and the variance that rounding to bfloat16 adds up to.
 
-    A weight w that moves by d is rounded to one of two bfloat16 that are u apart, u = 2^-7 of the power of two below |w|:
-    with variance at most u |d|. AdamW's step depends on the weight through a gradient that it normalises, and through
-    the decay, which takes back what was added: the variances add up, at most.
+    A weight w that moves by d is rounded to one of two bfloat16 that are u apart, u = 2^-7 of the power of two below
+    |w|: with variance at most u |d|. AdamW's step depends on the weight through a gradient that it normalises, and
+    through the decay, which takes back what was added: the variances add up, at most.
     """
     w = randn(2 * HALF, seed=2).bfloat16().float()
     m, v, variance = torch.zeros_like(w), torch.zeros_like(w), torch.zeros_like(w)
@@ -98,9 +98,9 @@ def three_errors(*squares: Tensor) -> float:
 
 
 def test_moments_of_even_gradients_are_as_good_as_bitsandbytes() -> None:
-    """The distance comes from m, which both keep in the same map: an m of a third of the largest is 0.9 / 64 / √12 / 0.3
-    = 1.4% of itself off, typically. √v is 0.9 / 128 / √12 = 0.2% off; through v, as bitsandbytes keeps it, 0.1%. That
-    is at most (0.2² - 0.1²) / 1.4² = 1.6% of the mean square more.
+    """The distance comes from m, which both keep in the same map: an m of a third of the largest is typically
+    0.9 / 64 / √12 / 0.3 = 1.4% of itself off. √v is 0.9 / 128 / √12 = 0.2% off; through v, as bitsandbytes keeps it,
+    0.1%. That is at most (0.2² - 0.1²) / 1.4² = 1.6% of the mean square more.
     """
     ratio = float(ours("float32")[EVEN].mean() / theirs()[EVEN].mean())
     assert math.log(ratio) <= math.log(1.016) + three_errors(ours("float32")[EVEN], theirs()[EVEN])
@@ -108,8 +108,8 @@ def test_moments_of_even_gradients_are_as_good_as_bitsandbytes() -> None:
 
 @pytest.mark.parametrize("weights", ["float32", "bfloat16"])
 def test_moments_of_spread_gradients_are_better_than_bitsandbytes(weights: str) -> None:
-    """Gradients of a block differ by 10^4, squares by 10^8: the last of the map's seven decades has two values, and what
-    is below is 0. Not only with fp32 weights: stochastic rounding adds less than what √v saves.
+    """Gradients of a block differ by 10^4, squares by 10^8: the last of the map's seven decades has two values, and
+    what is below is 0. Not only with fp32 weights: stochastic rounding adds less than what √v saves.
     """
     ratio = float(ours(weights)[SPREAD].mean() / theirs()[SPREAD].mean())
     assert math.log(ratio) <= -three_errors(ours(weights)[SPREAD], theirs()[SPREAD])
