@@ -4,38 +4,45 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterable
+from importlib import import_module
+from typing import Any
 
-from bench import bits, curves, host_optimizer, kernels, memory, optimizers, quality, report, tracking
+COMMANDS = (
+    "quality",
+    "memory",
+    "optimizers",
+    "optimizer-states",
+    "curves",
+    "tracking",
+    "bits",
+    "kernels",
+    "host-optimizer",
+    "report",
+)
 
 
 def main(arguments: list[str]) -> int:
     """Run the benchmark that the first argument names; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    commands = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
-    quality.add_arguments(commands.add_parser("quality", help=quality.SUMMARY, description=quality.__doc__))
-    memory.add_arguments(commands.add_parser("memory", help=memory.SUMMARY, description=memory.__doc__))
-    optimizers.add_arguments(commands.add_parser("optimizers", help=optimizers.SUMMARY, description=optimizers.__doc__))
-    curves.add_arguments(commands.add_parser("curves", help=curves.SUMMARY, description=curves.__doc__))
-    bits.add_arguments(commands.add_parser("bits", help=bits.SUMMARY, description=bits.__doc__))
-    kernels.add_arguments(commands.add_parser("kernels", help=kernels.SUMMARY, description=kernels.__doc__))
-    host_optimizer.add_arguments(
-        commands.add_parser("host-optimizer", help=host_optimizer.SUMMARY, description=host_optimizer.__doc__)
-    )
-    tracking.add_arguments(commands.add_parser("tracking", help=tracking.SUMMARY, description=tracking.__doc__))
-    commands.add_parser("report", help=report.SUMMARY, description=report.__doc__)
-    options, overrides = parser.parse_known_args(arguments)
-    runs = {
-        "quality": quality.run,
-        "memory": memory.run,
-        "optimizers": optimizers.run,
-        "curves": curves.run,
-        "bits": bits.run,
-        "kernels": kernels.run,
-        "host-optimizer": host_optimizer.run,
-        "tracking": tracking.run,
-        "report": report.run,
-    }
-    return runs[options.what](options, overrides)
+    # Only what is run is loaded: diffusers alone takes seconds.
+    chosen = [name for name in COMMANDS if name in arguments[:1]]
+    options, overrides = parser(chosen or COMMANDS).parse_known_args(arguments)
+    code: int = _module(options.what).run(options, overrides)
+    return code
+
+
+def parser(names: Iterable[str] = COMMANDS) -> argparse.ArgumentParser:
+    """Of `python -m bench` with these commands."""
+    found = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    commands = found.add_subparsers(dest="what", required=True, metavar="WHAT")
+    for name in names:
+        module = _module(name)
+        module.add_arguments(commands.add_parser(name, help=module.SUMMARY, description=module.__doc__))
+    return found
+
+
+def _module(name: str) -> Any:
+    return import_module(f"bench.{name.replace('-', '_')}")
 
 
 if __name__ == "__main__":
