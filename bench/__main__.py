@@ -4,32 +4,24 @@ from __future__ import annotations
 
 import argparse
 import sys
+from importlib import import_module
 
-from bench import bits, curves, kernels, memory, optimizers, quality, report
+COMMANDS = ("quality", "memory", "optimizers", "curves", "bits", "kernels", "throughput", "gpu", "report")
 
 
 def main(arguments: list[str]) -> int:
     """Run the benchmark that the first argument names; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     commands = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
-    quality.add_arguments(commands.add_parser("quality", help=quality.SUMMARY, description=quality.__doc__))
-    memory.add_arguments(commands.add_parser("memory", help=memory.SUMMARY, description=memory.__doc__))
-    optimizers.add_arguments(commands.add_parser("optimizers", help=optimizers.SUMMARY, description=optimizers.__doc__))
-    curves.add_arguments(commands.add_parser("curves", help=curves.SUMMARY, description=curves.__doc__))
-    bits.add_arguments(commands.add_parser("bits", help=bits.SUMMARY, description=bits.__doc__))
-    kernels.add_arguments(commands.add_parser("kernels", help=kernels.SUMMARY, description=kernels.__doc__))
-    commands.add_parser("report", help=report.SUMMARY, description=report.__doc__)
+    chosen = [name for name in COMMANDS if name in arguments[:1]]
+    for name in chosen or COMMANDS:  # only what is run is loaded: diffusers takes seconds
+        module = import_module(f"bench.{name}")
+        command = commands.add_parser(name, help=module.SUMMARY, description=module.__doc__)
+        if name != "report":
+            module.add_arguments(command)
     options, overrides = parser.parse_known_args(arguments)
-    runs = {
-        "quality": quality.run,
-        "memory": memory.run,
-        "optimizers": optimizers.run,
-        "curves": curves.run,
-        "bits": bits.run,
-        "kernels": kernels.run,
-        "report": report.run,
-    }
-    return runs[options.what](options, overrides)
+    code: int = import_module(f"bench.{options.what}").run(options, overrides)
+    return code
 
 
 if __name__ == "__main__":
