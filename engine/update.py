@@ -14,7 +14,7 @@ from torch import Tensor
 from leapalign.engine.modulation import OuterProduct
 from leapalign.engine.store import ALIGNMENT
 from leapalign.engine.streamer import Buffer
-from leapalign.kernels import host, host_adamw8bit
+from leapalign.kernels import host_adamw8bit
 from leapalign.kernels.adamw8bit import Hyper, update
 from leapalign.kernels.adamw8bit_triton import expand, update_outer, update_triton
 from leapalign.kernels.dispatch import reaches_device
@@ -198,10 +198,9 @@ class Updater:
         for gradient in gradients:
             if isinstance(gradient, OuterProduct):
                 products.append(float(OuterProduct(gradient.left.cpu(), gradient.right.cpu()).square_sum()))
-            elif gradient.device.type == "cpu":
-                products.append(host.sum_of_squares(gradient.contiguous()))
             else:
-                sums.append((sum_of_squares if self._triton else sum_of_squares_torch)(gradient.contiguous()))
+                here = self._triton and gradient.device == self._device
+                sums.append((sum_of_squares if here else sum_of_squares_torch)(gradient.contiguous()))
         return math.fsum([*(torch.stack(sums).tolist() if sums else []), *products])
 
     def _pieces(self, gradient: Gradient) -> Iterator[tuple[int, int]]:

@@ -18,7 +18,7 @@ import atexit
 import functools
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import ModuleType
 
@@ -28,6 +28,7 @@ from torch import Tensor
 from leapalign.kernels import rounding
 from leapalign.kernels.adamw8bit import AVERAGE_STREAM
 from leapalign.kernels.host_pool import Finished, Handle
+from leapalign.kernels.pairwise import sum_of_squares_reference
 
 native: ModuleType | None
 try:
@@ -40,9 +41,7 @@ try:
 except ImportError as error:
     native, missing = None, str(error)
 
-CHUNK = 4096  # elements that one partial sum covers
-LANES = 16  # independent sums in a chunk
-SLAB = 256 * CHUNK  # elements that the fallback widens at a time: 8 MiB of float64
+SLAB = 1 << 20  # elements that the fallback widens at a time
 FLOATS = (torch.float32, torch.bfloat16)
 
 _threads: int | None = None
@@ -68,14 +67,30 @@ def configure(*, threads: int | None = None, cores: Sequence[int] | None = None)
         cores: numbers of cores; thread i runs on core i, counted round. None for wherever the system puts it.
 
     Raises:
-        ValueError: no thread, a core that cannot be, or a system that does not pin threads (it is not Linux).
+        ValueError: no thread, a core that this process may not use, or a system that does not pin threads.
     """
     global _threads
     if threads is not None and threads < 1:
         raise ValueError(f"threads={threads}; host kernels need at least 1, or None for torch's number")
+    if cores and not hasattr(os, "sched_getaffinity"):
+        raise ValueError("this system does not pin threads to cores: Linux does")
+    usable = os.sched_getaffinity(0) if cores else set()
+    if cores and (others := sorted(set(cores) - usable)):
+        raise ValueError(f"core {others[0]} is not among those of this process, {_ranges(usable)}")
     if native is not None:
         native.pin(list(cores or ()))
     _threads = threads
+
+
+def _ranges(numbers: Iterable[int]) -> str:
+    """0, 1, 2, 5 as "0-2,5"."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
 def instruction_sets() -> list[str]:
@@ -180,29 +195,9 @@ def sum_of_squares(x: Tensor, *, threads: int | None = None) -> float:
     flat = x.detach().view(-1)
     if native is None:
         _say_once()
-        return _sum_of_squares_in_torch(flat)
+        return float(sum_of_squares_reference(flat))
     start = native.sum_of_squares
     return Handle(lambda: start(flat, number_of_threads(threads)), (flat,)).result()
-
-
-def _sum_of_squares_in_torch(flat: Tensor) -> float:
-    partial = [torch.zeros(0, dtype=torch.float64)]
-    for slab in flat.split(SLAB):
-        square = slab.double().square()
-        rows = torch.nn.functional.pad(square, (0, -square.numel() % CHUNK)).view(-1, CHUNK // LANES, LANES)
-        lanes = torch.zeros_like(rows[:, 0])
-        for row in rows.unbind(1):  # torch.sum promises no order
-            lanes = lanes + row
-        partial.append(_fold(lanes))
-    return float(_fold(torch.cat(partial)[None]))
-
-
-def _fold(values: Tensor) -> Tensor:
-    """Sum the last dimension in pairs of neighbours: (rows, n) -> (rows,)."""
-    while values.shape[-1] > 1:
-        values = torch.nn.functional.pad(values, (0, values.shape[-1] % 2)).unflatten(-1, (-1, 2))
-        values = values[..., 0] + values[..., 1]
-    return values.sum(-1)  # of one value, or of none
 
 
 # ---- in place, handed over -----------------------------------------------------------------------------------------

@@ -5,9 +5,9 @@
 Each square is exact in double and none overflows, so s is finite exactly if every x_i is: one pass gives the norm to
 clip by and the guard of the update (`adamw8bit_triton.update_triton`), on the device, without a wait.
 
-The order is that of `host.sum_of_squares`, so that a step has the same clipping factor wherever it is made: of a chunk
-of 4,096 elements, lane l of 16 adds elements l, l + 16, ... in turn; lanes, and then chunks, are added in pairs of
-neighbours, as if zeros followed the last. No atomics: Triton, the host and the reference here have the same bits. With
+The order is that of `kernels.pairwise`, so that a step has the same clipping factor wherever it is made: of a chunk of
+4,096 elements, lane l of 16 adds elements l, l + 16, ... in turn; lanes, and then chunks, are added in pairs of
+neighbours, as if zeros followed the last. No atomics: Triton, the host and the reference have the same bits. With
 n elements the relative error is at most (256 + 4 + ceil(log2(n / 4096))) 2^-53, under 4e-14 for any model.
 
 Bytes an element: 2 (bf16) or 4 read, and 8/65536 written and read.
@@ -25,37 +25,12 @@ from torch import Tensor
 from leapalign.kernels import host
 from leapalign.kernels.compilation import Compilation
 from leapalign.kernels.dispatch import jit, reaches, tl, triton
+from leapalign.kernels.pairwise import CHUNK, LANES, sum_of_squares_reference
 
-LANES = 16
-TURNS = 256  # elements that a lane adds
-CHUNK = LANES * TURNS
-SLAB = 1 << 20  # elements that the reference widens at a time: 8 MiB
 CHUNKS = 16  # of a program, a power of two: with one warp 8 lanes a thread, 16 bytes of bf16
 AHEAD = 16  # turns that are loaded together: 8 KiB of bf16 on the way to a program
 FAN = 1024  # sums that a program of the second kernel adds, a power of two
 WARPS = 1
-
-
-# ---- reference -----------------------------------------------------------------------------------------------------
-
-
-def _in_torch(x: Tensor) -> Tensor:
-    partial = []
-    for slab in x.detach().view(-1).split(SLAB):
-        chunk = torch.nn.functional.pad(slab.double().square_(), (0, -slab.numel() % CHUNK)).view(-1, TURNS, LANES)
-        lanes = torch.zeros_like(chunk[:, 0])
-        for turn in chunk[:, : -(-slab.numel() // LANES)].unbind(1):  # torch.sum promises no order
-            lanes += turn
-        partial.append(_pairs(lanes))
-    return _pairs(torch.cat([*partial, torch.zeros(1, dtype=torch.float64, device=x.device)]))
-
-
-def _pairs(values: Tensor) -> Tensor:
-    """Add the last dimension in pairs of neighbours: (..., n) -> (...)."""
-    while values.shape[-1] > 1:
-        values = torch.nn.functional.pad(values, (0, values.shape[-1] % 2)).unflatten(-1, (-1, 2))
-        values = values[..., 0] + values[..., 1]
-    return values[..., 0]
 
 
 # ---- kernel --------------------------------------------------------------------------------------------------------
@@ -175,7 +150,7 @@ def sum_of_squares_torch(x: Tensor) -> Tensor:
     _check(x)
     if x.device.type == "cpu" and type(x) is Tensor:  # no fake one
         return torch.tensor(host.sum_of_squares(x), dtype=torch.float64)
-    return _in_torch(x)
+    return sum_of_squares_reference(x)
 
 
 @torch.no_grad()

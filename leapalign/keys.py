@@ -110,6 +110,10 @@ class OptimizerKeys(_Section):
     """adamw keeps float32 moments, 8 bytes a parameter; adamw8bit (executor streamed) 2, and updates block by block."""
     optimizer_device: Literal["host", "device"] | None = None
     """Where adamw8bit updates: on the host, or on the device with states streamed in and out; null: as planned."""
+    host_threads: PositiveInt | None = None
+    """Threads of adamw8bit's update on the host; null: as many as torch has. They sleep while there is none."""
+    host_cores: list[NonNegativeInt] | None = None
+    """Cores that those threads are pinned to, one after the other (Linux); null: wherever the system puts them."""
     weight_dtype: Literal["float32", "bf16"] = "float32"
     """Format of the trained weights, and what streamed computes in; bf16 (with adamw8bit) rounds stochastically."""
     master: Literal["stochastic", "residual", "float32"] = "stochastic"
@@ -289,7 +293,7 @@ class AlignConfig(ValidationKeys, OutputKeys, OptimizerKeys, MethodKeys, DataKey
                     "use weight_dtype bf16, or leave master out"
                 )
             return
-        for key in ("weight_dtype", "clip", "master", "optimizer_device"):
+        for key in ("weight_dtype", "clip", "master", "optimizer_device", "host_threads", "host_cores"):
             if getattr(self, key) != type(self).model_fields[key].default:
                 raise ValueError(
                     f"{key} = {getattr(self, key)} does not go with optimizer = {self.optimizer}; "

@@ -147,7 +147,7 @@ def new_checkpoint(output_dir: Path, config: AlignConfig, step: int, skipped: in
 
 def course(config: AlignConfig) -> dict[str, Any]:
     """The settings that decide how the weights go, and so should not change on the way."""
-    other = {"cache_dir", "microbatch", "max_train_steps", "optimizer_device"}
+    other = {"cache_dir", "microbatch", "max_train_steps", "optimizer_device", "host_threads", "host_cores"}
     keys = {key for section in (DataKeys, MethodKeys, OptimizerKeys) for key in section.model_fields} - other
     return {key: value for key, value in config.model_dump(mode="json").items() if key in keys}
 

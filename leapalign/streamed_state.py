@@ -15,6 +15,8 @@ from leapalign.engine import checkpoint as checkpoints
 from leapalign.engine.optim import AdamW8bit
 from leapalign.engine.saving import save_model, saved_buffers, swapped
 from leapalign.engine.streamed import StreamedModel
+from leapalign.errors import UsageError
+from leapalign.kernels import host
 from leapalign.keys import AlignConfig
 from leapalign.state import changed_settings, learning_rate, new_checkpoint, no_average, read_state
 
@@ -62,6 +64,10 @@ class StreamedState:
             kernels=config.kernels,
         )
         self.optimizer.bind(model)
+        try:
+            host.configure(threads=config.host_threads, cores=config.host_cores)
+        except ValueError as error:
+            raise UsageError(f"host_cores = {config.host_cores}: {error}; or leave host_cores out") from None
         self.step = 0
         self.skipped = 0
 

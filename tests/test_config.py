@@ -194,6 +194,8 @@ def test_nearest_always_names_a_key(word):
         (["--weight_dtype", "bf16"], ["weight_dtype = bf16", "use optimizer adamw8bit", "leave weight_dtype out"]),
         (["--clip=none"], ["clip = none", "use optimizer adamw8bit"]),
         (["--optimizer_device", "device"], ["optimizer_device = device", "leave optimizer_device out"]),
+        (["--host_threads", "4"], ["host_threads = 4 does not go with optimizer = adamw", "leave host_threads out"]),
+        (["--host_threads=0", "--optimizer=adamw8bit"], ["host_threads = '0'", "a whole number above 0"]),
         (["--optimizer=adamw8bit", "--master=residual"], ["no effect", "use weight_dtype bf16"]),
         (["--optimizer", "adam"], ["optimizer = 'adam'", "one of adamw, adamw8bit"]),
         (["--seed", "x", "--tau", "x"], ["and 1 more"]),

@@ -22,6 +22,7 @@ from leapalign.engine.checkpoint import list_checkpoints
 from leapalign.engine.gradients import Gradients
 from leapalign.engine.streamed import StreamedModel
 from leapalign.errors import UsageError
+from leapalign.kernels import host
 from leapalign.planning import plan_run
 from leapalign.streamed_state import StreamedState
 from leapalign.trainer import Trainer
@@ -128,6 +129,19 @@ def test_where_the_update_runs_may_change_on_the_way_and_an_average_may_begin(
 
 
 # ---- where it runs -------------------------------------------------------------------------------------------------
+
+
+def test_threads_of_the_update_on_the_host(folder: Path, tmp_path: Path) -> None:
+    changes = {"clip": "block", "max_train_steps": 2, "optimizer_device": "host"}
+    try:
+        one = trained(folder, tmp_path / "one", host_threads=1, **changes)
+        pinned = {"host_threads": 3, "host_cores": [min(os.sched_getaffinity(0))]}
+        three = trained(folder, tmp_path / "three", **pinned, **changes)
+    finally:
+        host.configure()
+    assert_same_bits(everything(one), everything(three))
+    with pytest.raises(UsageError, match=r"host_cores = \[5000\]: core 5000 is not among .*leave host_cores out"):
+        trainer(folder, tmp_path / "run", host_cores=[5000], **changes).run()
 
 
 @pytest.mark.parametrize(("clip", "mode"), [("global", "held"), ("block", "paired")])

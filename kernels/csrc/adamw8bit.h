@@ -27,30 +27,32 @@ LEAPALIGN_INLINE Floats at(Floats x, size_t index) {
 
 LEAPALIGN_INLINE size_t width_of(Floats x) { return x.bf16 ? sizeof(uint16_t) : sizeof(float); }
 
-// The last block of a run, filled up with zeros.
+// The last block of a run, filled up with its first element: then the largest of the whole is that of the run's, also
+// where a state is infinite, of which a zero's would be nan.
 struct Copy {
     alignas(64) float weights[kBlock], gradient[kBlock], ema[kBlock], master[kBlock];
     alignas(64) uint8_t codes_m[kBlock], codes_v[kBlock];
     alignas(64) int8_t residual[kBlock];
 
+    template <typename Scalar>
+    static void fill(Scalar *to, const Scalar *from, size_t length) {
+        std::memcpy(to, from, length * sizeof(Scalar));
+        for (size_t i = length; i < kBlock; ++i) to[i] = to[0];
+    }
+
+    static Floats fill(float *to, Floats from, size_t length) {
+        if (from && from.bf16) fill(reinterpret_cast<uint16_t *>(to), from.half(), length);
+        if (from && !from.bf16) fill(to, from.fp32(), length);
+        return {from ? to : nullptr, from.bf16};
+    }
+
     Block fill(const Block &block, size_t length) {
-        std::memset(weights, 0, sizeof weights);
-        std::memset(gradient, 0, sizeof gradient);
-        std::memset(ema, 0, sizeof ema);
-        std::memset(master, 0, sizeof master);
-        std::memset(codes_m, 127, sizeof codes_m);  // the code of 0
-        std::memset(codes_v, 0, sizeof codes_v);
-        std::memset(residual, 0, sizeof residual);
-        std::memcpy(weights, block.weights.data, length * width_of(block.weights));
-        if (block.gradient) std::memcpy(gradient, block.gradient.data, length * width_of(block.gradient));
-        if (block.ema) std::memcpy(ema, block.ema.data, length * width_of(block.ema));
-        if (block.master) std::memcpy(master, block.master, length * sizeof(float));
-        std::memcpy(codes_m, block.codes_m, length);
-        std::memcpy(codes_v, block.codes_v, length);
-        if (block.residual) std::memcpy(residual, block.residual, length);
-        const auto filled = [](Floats from, float *here) { return Floats{from ? here : nullptr, from.bf16}; };
-        return {filled(block.weights, weights), filled(block.gradient, gradient), filled(block.ema, ema), codes_m, codes_v,
-                block.residual ? residual : nullptr, block.master ? master : nullptr};
+        fill(codes_m, block.codes_m, length);
+        fill(codes_v, block.codes_v, length);
+        if (block.residual) fill(residual, block.residual, length);
+        if (block.master) fill(master, block.master, length);
+        return {fill(weights, block.weights, length), fill(gradient, block.gradient, length), fill(ema, block.ema, length),
+                codes_m, codes_v, block.residual ? residual : nullptr, block.master ? master : nullptr};
     }
 
     void write_back(const Block &block, size_t length) const {
@@ -99,6 +101,7 @@ void expand(const Run &run, size_t block, float *gradient  // (256,)
         }
         from += length;
     }
+    for (size_t i = end - begin; i < kBlock; ++i) gradient[i] = gradient[0];  // as Copy fills it up
 }
 
 bool finite_factors(const Run &run, size_t first, size_t last) {

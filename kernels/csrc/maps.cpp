@@ -72,6 +72,14 @@ void fill_lines(Map &map) {
         map.above[slot] = slot < 7 ? map.edges[zero + starts[slot + 1]] : std::numeric_limits<float>::infinity();
     }
     map.cap[7] += 0.25f;  // above its offset
+    map.tie = std::numeric_limits<float>::infinity();
+    for (int slot = 0; map.is_signed && slot < 7; ++slot) {
+        const int code = zero + starts[slot + 1];
+        const double middle = (double{map.values[code - 1]} + map.values[code]) / 2;  // exact
+        if (middle != map.above[slot]) continue;
+        if (map.tie <= 1) throw std::logic_error("two boundaries between slots are exact");
+        map.tie = map.above[slot];
+    }
     for (int exponent = 0; exponent < 32; ++exponent) {
         const float least = std::ldexp(1.0f, exponent - 31);
         int slot = 0;

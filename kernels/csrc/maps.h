@@ -19,6 +19,9 @@ struct Map {
     float slope[8], offset[8];  // of each slot's line; the offset includes kMargin
     float cap[8];               // half a place below the first one of the next slot
     float above[8];             // the largest |y| in the slot
+    // The |y| exactly between the last place of a slot and the first of the next, inf if there is none: with equal
+    // distances the lower code has the lower place or, where y < 0, the higher one, so that it is to be looked up.
+    float tie;
     float exponent_slope[32], exponent_offset[32], exponent_cap[32], exponent_above[32];  // for exponents 2^-31 .. 2^0
 
     // Values as lines over the number of the magnitude, f = |code - 127| in the signed map and code + 1 in the unsigned

@@ -70,10 +70,10 @@ struct Decoder {
 
 template <bool kSigned>
 struct Encoder {
-    Vector slope, offset, cap, above;
+    Vector slope, offset, cap, above, tie;
 
     explicit Encoder(const Map &map)
-        : slope(load(map.slope)), offset(load(map.offset)), cap(load(map.cap)), above(load(map.above)) {}
+        : slope(load(map.slope)), offset(load(map.offset)), cap(load(map.cap)), above(load(map.above)), tie(spread(map.tie)) {}
 
     // Writes codes and returns how far behind an integer the places are: below kDoubt a code is to be looked up.
     LEAPALIGN_METHOD Vector encode(const float *x, Vector inverse, uint8_t *codes) const {
@@ -86,7 +86,8 @@ struct Encoder {
         Vector place = _mm256_fmadd_ps(size, _mm256_permutevar8x32_ps(slope, slot), _mm256_permutevar8x32_ps(offset, slot));
         place = least(place, _mm256_permutevar8x32_ps(cap, slot));
         const __m256i floor = _mm256_cvttps_epi32(place);
-        const Vector behind = sub(place, _mm256_cvtepi32_ps(floor));
+        Vector behind = sub(place, _mm256_cvtepi32_ps(floor));
+        if (kSigned) behind = _mm256_andnot_ps(_mm256_cmp_ps(size, tie, _CMP_EQ_OQ), behind);
         __m256i code = floor;
         if (kSigned) {  // saturation turns the place -128, which has no code, into -127
             code = _mm256_sign_epi32(floor, _mm256_or_si256(bits(y), _mm256_set1_epi32(1)));

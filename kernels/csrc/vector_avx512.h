@@ -82,9 +82,9 @@ struct Decoder {
 
 template <bool kSigned>
 struct Encoder {
-    Vector slope[2], offset[2], cap[2], above[2];
+    Vector slope[2], offset[2], cap[2], above[2], tie;
 
-    explicit Encoder(const Map &map) {
+    explicit Encoder(const Map &map) : tie(spread(map.tie)) {
         for (size_t half = 0; half < 2; ++half) {
             slope[half] = load(map.exponent_slope + 16 * half);
             offset[half] = load(map.exponent_offset + 16 * half);
@@ -104,7 +104,8 @@ struct Encoder {
         Vector place = _mm512_fmadd_ps(size, pick(slope, exponent), pick(offset, exponent));
         place = least(place, pick(cap, exponent));
         const __m512i floor = _mm512_cvttps_epi32(place);
-        const Vector behind = sub(place, _mm512_cvtepi32_ps(floor));
+        const __mmask16 clear = kSigned ? _mm512_cmp_ps_mask(size, tie, _CMP_NEQ_OQ) : __mmask16{0xFFFF};
+        const Vector behind = _mm512_maskz_sub_ps(clear, place, _mm512_cvtepi32_ps(floor));
         __m128i bytes;
         if (kSigned) {  // saturation turns the place -128, which has no code, into -127
             const __m512i code = _mm512_mask_sub_epi32(floor, _mm512_movepi32_mask(bits(y)), _mm512_setzero_si512(), floor);

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import leapalign.kernels.sum_of_squares as squares
-from leapalign.kernels import adamw8bit, adamw8bit_triton, host
+from leapalign.kernels import adamw8bit, adamw8bit_triton, host, pairwise
 from leapalign.kernels.adamw8bit import Hyper
 from leapalign.kernels.adamw8bit_triton import update_outer, update_triton
+from leapalign.kernels.pairwise import sum_of_squares_reference
 from leapalign.kernels.quantize import BLOCK, blocks_of
 from leapalign.kernels.sum_of_squares import sum_of_squares
 from tests.kernels.interpreter import run_interpreted
@@ -85,14 +85,18 @@ def test_a_guard_without_triton() -> None:
 
 
 @settings(deadline=None)
-@given(count=st.integers(0, 3 * squares.CHUNK), offset=st.integers(0, 40))
+@given(count=st.integers(0, 3 * pairwise.CHUNK), offset=st.integers(0, 40))
 def test_sum_of_squares_on_another_device_has_the_bits_of_the_host(count: int, offset: int) -> None:
     """By the reference, that runs where there is neither Triton nor the host's memory; in slabs of two chunks."""
     x = randn(count + offset, seed=9)[offset:].mul(5).exp()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(squares, "SLAB", 2 * squares.CHUNK)
-        assert squares._in_torch(x).item() == host.sum_of_squares(x)
-    assert squares._in_torch(x.bfloat16()).item() == host.sum_of_squares(x.bfloat16()) == sum_of_squares(x.bfloat16())
+        patch.setattr(pairwise, "SLAB", 2 * pairwise.CHUNK)
+        assert sum_of_squares_reference(x).item() == host.sum_of_squares(x)
+    assert (
+        sum_of_squares_reference(x.bfloat16()).item()
+        == host.sum_of_squares(x.bfloat16())
+        == sum_of_squares(x.bfloat16())
+    )
 
 
 def test_an_empty_run() -> None:

@@ -1,6 +1,5 @@
 """The C++ kernels against their references in torch: bit for bit, whatever the split, the threads and the values."""
 
-import importlib.metadata
 import logging
 import math
 
@@ -10,19 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from leapalign.kernels import host, rounding
-
-
-def installed() -> bool:
-    try:
-        importlib.metadata.distribution("leapalign")
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
-
-
-needs_native = pytest.mark.skipif(
-    host.native is None and not installed(), reason="a bare checkout has no native module: `make test` installs it"
-)
+from tests.kernels.host_runs import needs_native
 
 
 @pytest.fixture
