@@ -171,6 +171,7 @@ class Streamed(Way):
     Attributes:
         plan: for the cap, with its predictions for a step of the task.
         model: obeys it.
+        copied: bytes of the last step's copies, "h2d_bytes" and "d2h_bytes".
     """
 
     def __init__(
@@ -201,6 +202,7 @@ class Streamed(Way):
         optimizer = AdamW8bit(lr=LEARNING_RATE, clip="block")
         self.model = StreamedModel(module, self.plan, optimizer, device=task.device, arena=arena)
         random_models.fill(self.model.store, task.device)
+        self.copied: dict[str, int] = {}
         super().__init__(task, pipeline_of(task, self.model, vae), reward, "AdamW8bit of leapalign")
         if task.device.type == "cuda":
             torch.cuda.empty_cache()  # what drew the weights is in the way of what is planned
@@ -208,11 +210,14 @@ class Streamed(Way):
     def step(self, number: int, steps: int) -> Step:
         assert self.model.optimizer is not None
         seconds: dict[str, float] = {}
+        before = dict(self.model.streamer.copied)
         with timed(seconds, "whole", self.task.device), self.model.optimizer.in_backward() as sink:
             found = alignment_gradients(**self._given(number, steps), executor="streamed", sink=sink)
         phases = dict(found.seconds)
         phases["update"] = max(seconds["whole"] - sum(phases.values()), 0)  # all that the products did not wait for
         _grow(self.memory, self.model.ledger.row(number)["memory"])
+        done = self.model.streamer.copied
+        self.copied = {"h2d_bytes": done["in"] - before["in"], "d2h_bytes": done["out"] - before["out"]}
         return Step(phases, float(found.loss))
 
     def predicted(self, steps: int) -> MemoryPlan:
