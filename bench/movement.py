@@ -87,7 +87,9 @@ class Watch:
         wait = self._streamer._wait
 
         def timed(name: str, kind: str, buffer: Buffer, event: Event) -> None:
-            if name not in ("compute", "host") or kind == "updated":  # copies that wait for another cost compute nothing
+            if (
+                name not in ("compute", "host") or kind == "updated"
+            ):  # copies that wait for another cost compute nothing
                 wait(name, kind, buffer, event)
                 return
             begin = _Stamp(compute if name == "compute" else None)

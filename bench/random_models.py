@@ -130,7 +130,9 @@ def transformer(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> nn.Mo
     from diffusers import FluxTransformer2DModel
 
     with _drawing(device), default_dtype(dtype):
-        model: nn.Module = FluxTransformer2DModel.from_config({k: v for k, v in sizes.transformer.items() if k[0] != "_"})
+        model: nn.Module = FluxTransformer2DModel.from_config(
+            {k: v for k, v in sizes.transformer.items() if k[0] != "_"}
+        )
     return model.eval().requires_grad_(True)
 
 

@@ -11,7 +11,6 @@ is above every reward, so that every image has a gradient.
 
 from __future__ import annotations
 
-
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -265,9 +264,7 @@ class Resident(Way):
 
     def step(self, number: int, steps: int) -> Step:
         with self._measured():
-            found = alignment_gradients(
-                **self._given(number, steps), executor="autograd", microbatch=self.microbatch
-            )
+            found = alignment_gradients(**self._given(number, steps), executor="autograd", microbatch=self.microbatch)
             seconds = dict(found.seconds)
             with timed(seconds, "update", self.task.device):
                 for name, parameter in self.pipeline.transformer.named_parameters():
@@ -357,5 +354,3 @@ def _grow(memory: dict[str, Measured], found: Mapping[str, Mapping[str, int | No
         kept = memory.setdefault(phase, Measured())
         kept.device_bytes = max(filter(None, (kept.device_bytes, row["device_bytes"])), default=None)
         kept.host_bytes = max(filter(None, (kept.host_bytes, row["host_bytes"])), default=None)
-
-

@@ -222,7 +222,9 @@ def table(result: Mapping[str, Any]) -> str:
         cells += [_cell(movement["overlap"] if movement else None, "%"), _cell(peak and peak / _GIB)]
         lines.append(f"{row['way']:20}" + "".join(f"{cell:>10}" for cell in cells))
     lines += ["", "The plain way's reward is part of its graph, which stands under vjp."]
-    shortened = [row for row in result["ways"] if row.get("steps", result["settings"]["steps"]) != result["settings"]["steps"]]
+    shortened = [
+        row for row in result["ways"] if row.get("steps", result["settings"]["steps"]) != result["settings"]["steps"]
+    ]
     lines += [f"{row['way']}: a rollout of {row['steps']} steps only" for row in shortened]
     return "\n".join(lines)
 
