@@ -36,12 +36,10 @@ def machine_here(device: torch.device, *, seconds: float = 1.0) -> tuple[Machine
     if device.type != "cuda":
         return machine_of(device), {"matmul_flops_per_s": matmul}
     copies, host = copy_rates(device, seconds=seconds), host_rates(seconds=seconds)
-    found = {
-        "h2d_bytes_per_s": copies.h2d_together,
-        "d2h_bytes_per_s": copies.d2h_together,
-        "host_bytes_per_s": host.in_place,
-    }
-    return Machine(flops_per_s=matmul, **found), {"matmul_flops_per_s": matmul, **found}
+    h2d, d2h, update = copies.h2d_together, copies.d2h_together, host.in_place
+    machine = Machine(flops_per_s=matmul, h2d_bytes_per_s=h2d, d2h_bytes_per_s=d2h, host_bytes_per_s=update)
+    rates = {"h2d_bytes_per_s": h2d, "d2h_bytes_per_s": d2h, "host_bytes_per_s": update}
+    return machine, {"matmul_flops_per_s": matmul, **rates}
 
 
 def measured(make: Callable[[], Way], matmul: float, repeats: int, left: Left) -> dict[str, Any]:

@@ -295,7 +295,8 @@ class Plain(Resident):
     """One graph through both leaps and the reward (leapalign/reference.py), gradients summed over microbatches."""
 
     def step(self, number: int, steps: int) -> Step:
-        given, seconds, losses = self._given(number, steps), {}, []
+        given, losses = self._given(number, steps), []
+        seconds: dict[str, float] = {}
         transformer, device, rows_at_once = self.pipeline.transformer, self.task.device, self.microbatch
         with self._measured(), evaluation_mode(transformer):
             with timed(seconds, "rollout", device):
@@ -305,7 +306,7 @@ class Plain(Resident):
             with timed(seconds, "graph", device):
                 for rows in microbatches(self.task.batch, rows_at_once):
                     loss = self._loss(rows, trajectory, given)
-                    loss.backward()  # type: ignore[no-untyped-call]
+                    loss.backward()
                     losses.append(float(loss.detach()))
             with timed(seconds, "update", device):
                 self._update()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,14 +18,14 @@ from bench import record
 from bench.random_models import MODELS, tiny
 from bench.step_timing import Left, collect, machine_here, measured
 from bench.step_ways import Plain, Resident, Streamed, Task, Way, planner_of
+from bench.throughput_words import table, told
 from leapalign.engine.planner import BudgetError, Planner
-from leapalign.engine.sizes import parse_bytes, spell_bytes
+from leapalign.engine.sizes import parse_bytes
 from leapalign.engine.workload import Budget
 
 SUMMARY = "seconds of an optimizer step by phase: streamed under device caps, resident, and a plain trainer"
 WAYS = ("streamed", "resident", "plain")
-TINY_CAP = "3500KiB"  # in which blocks of the tiny model have to be streamed
-_GIB = 2**30
+TINY_CAP = "3750KiB"  # in which blocks of the tiny model have to be streamed
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -98,12 +98,14 @@ class Session:
         device = self.task.device
         return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
-    def rows(self, done: Collection[str] = ()) -> Iterator[dict[str, Any]]:
-        """A row a way, those apart whose names are in `done`."""
-        names = [f"streamed, {cap}" for cap in self.caps] if "streamed" in self.ways else []
-        for name in [*names, *(way for way in WAYS[1:] if way in self.ways)]:
-            if name not in done:
-                yield self.row(name)
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """A row a way."""
+        yield from (self.row(name) for name in self.names())
+
+    def names(self) -> list[str]:
+        """Of the rows."""
+        streamed = [f"streamed, {cap}" for cap in self.caps] if "streamed" in self.ways else []
+        return [*streamed, *(way for way in WAYS[1:] if way in self.ways)]
 
     def row(self, name: str) -> dict[str, Any]:
         """What this way takes, or why there are no numbers: it was "refused", or there was "out_of_memory_bytes"."""
@@ -181,55 +183,3 @@ def _command(options: argparse.Namespace) -> list[str]:
         if name not in ("what", "output") and value not in (None, False):
             command += [f"--{name}", *([] if value is True else [str(value)])]
     return command
-
-
-# ---- words ---------------------------------------------------------------------------------------------------------
-
-
-def told(row: Mapping[str, Any]) -> str:
-    """A row in one line."""
-    if "refused" in row:
-        return f"{row['way']}: {row['refused']}"
-    if "out_of_memory_bytes" in row:
-        return f"{row['way']}: out of memory at {spell_bytes(row['out_of_memory_bytes'])}"
-    phases = ", ".join(f"{name} {value:.2f}" for name, value in row["seconds"].items() if name != "total")
-    line = f"{row['way']}: {row['seconds']['total']:.2f} s ({phases}), {row['images_per_s']:.3g} images/s, "
-    line += f"{row['flops_per_s'] / 1e12:.3g} TFLOP/s, {100 * row['of_matmul']:.1f} % of a matrix product's"
-    if row["peak_device_bytes"] is not None:
-        line += f"; peak {row['peak_device_bytes'] / _GIB:.2f} GiB"
-    if row.get("over_plan"):
-        line += f", more than planned in {', '.join(row['over_plan'])}"
-    return line
-
-
-def table(result: Mapping[str, Any]) -> str:
-    """Phases, rates and copies as aligned text."""
-    settings = ", ".join(f"{name} {value}" for name, value in result["settings"].items())
-    lines = [f"{result['device']}: {settings}", f"matrix product {result['matmul_flops_per_s'] / 1e12:.3g} TFLOP/s", ""]
-    heads = ("rollout", "reward", "vjp", "update", "step", "images/s", "TFLOP/s", "of matmul", "GiB in", "GiB out",
-             "overlap", "peak GiB")  # fmt: skip
-    lines.append(f"{'seconds':20}" + "".join(f"{head:>10}" for head in heads))
-    for row in result["ways"]:
-        if "seconds" not in row:
-            lines.append(f"{row['way']:20}  {told(row).partition(': ')[2]}")
-            continue
-        seconds, copies, movement = row["seconds"], row.get("copies"), row["movement"]
-        cells = [_cell(seconds.get("rollout")), _cell(seconds.get("reward"))]
-        cells += [_cell(seconds.get("vjp", seconds.get("graph"))), _cell(seconds["update"]), _cell(seconds["total"])]
-        cells += [_cell(row["images_per_s"]), _cell(row["flops_per_s"] / 1e12), _cell(row["of_matmul"], "%")]
-        cells += [_cell(copies[name] / _GIB if copies else None) for name in ("h2d_bytes", "d2h_bytes")]
-        peak = row["peak_device_bytes"]
-        cells += [_cell(movement["overlap"] if movement else None, "%"), _cell(peak and peak / _GIB)]
-        lines.append(f"{row['way']:20}" + "".join(f"{cell:>10}" for cell in cells))
-    lines += ["", "The plain way's reward is part of its graph, which stands under vjp."]
-    shortened = [
-        row for row in result["ways"] if row.get("steps", result["settings"]["steps"]) != result["settings"]["steps"]
-    ]
-    lines += [f"{row['way']}: a rollout of {row['steps']} steps only" for row in shortened]
-    return "\n".join(lines)
-
-
-def _cell(value: float | None, unit: str = "") -> str:
-    if value is None:
-        return "-"
-    return f"{100 * value:.1f} %" if unit else f"{value:.3g}"
