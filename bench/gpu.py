@@ -59,10 +59,10 @@ class Stage:
 
 
 STAGES = {
-    "correctness": Stage("bench.gpu_stages:correctness", 30, 170),
+    "correctness": Stage("bench.gpu_stages:correctness", 30, 150),
     "ceilings": Stage("bench.gpu_stages:ceilings", 15, 40),
-    "step-24": Stage("bench.gpu_stages:step_24", 60, 150, fresh=True),
-    "step-48": Stage("bench.gpu_stages:step_48", 60, 130, fresh=True),
+    "step-24": Stage("bench.gpu_stages:step_24", 90, 210, fresh=True),
+    "step-48": Stage("bench.gpu_stages:step_48", 90, 190, fresh=True),
     "kernels": Stage("bench.gpu_stages:kernel_times", 45, 240, fresh=True),
     "throughput": Stage("bench.gpu_stages:ways", 60, 150, fresh=True),
     "whole": Stage("bench.gpu_stages:whole_ways", 60, 180, fresh=True),
@@ -96,12 +96,20 @@ def run(options: argparse.Namespace, unknown: list[str]) -> int:
         return 2
     session = Session({name: STAGES[name] for name in chosen}, options.minutes, options.tiny, before, path)
     session.result = {"date": datetime.now(UTC).date().isoformat(), "command": _command(options), **session.result}
-    with _terminated():
-        session.run()
+    try:
+        with _terminated():
+            session.run()
+    except NoGPUError as error:
+        print(f"bench gpu: error: {error}", file=sys.stderr)
+        return 2
     print(table(session.result))
     if session.path:
         print(f"wrote {session.path.name}", file=sys.stderr)
     return 1 if any(stage["status"] == "failed" for stage in session.result["stages"].values()) else 0
+
+
+class NoGPUError(Exception):
+    """There is none."""
 
 
 class Session:
@@ -128,7 +136,11 @@ class Session:
         self._waiting = [name for name in stages if found.get(name, {}).get("status") != "passed"]
 
     def run(self) -> None:
-        """All stages that have not passed already, as far as the minutes last."""
+        """All stages that have not passed already, as far as the minutes last.
+
+        Raises:
+            NoGPUError: there is none, and these are not toy sizes.
+        """
         while self._waiting:
             name = self._waiting[0]
             left, least = self._deadline - time.monotonic() - _GRACE, self._stages[name].least
@@ -186,6 +198,8 @@ class Session:
 
     def _take(self, event: Mapping[str, Any], began: float) -> None:
         """Keep what a process told."""
+        if event["event"] == "no gpu":
+            raise NoGPUError(f"torch {event['torch']} sees no CUDA GPU; --tiny tries everything out on the CPU")
         if event["event"] == "machine":
             self.result |= {key: event[key] for key in ("machine", "versions", "gpu")}
         elif event["event"] == "begin":

@@ -1,4 +1,4 @@
-"""The process in which stages of `python -m bench gpu` run: `python -m bench.gpu_process JSON`, started by bench/gpu.py."""
+"""The process in which stages of `python -m bench gpu` run: bench/gpu.py starts `python -m bench.gpu_process JSON`."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import torch
 
 from bench import record
 from bench.gpu_stages import Context, FailedError
+from leapalign.kernels import host
 
 _LINES = 6  # of a traceback that are kept
 
@@ -33,6 +34,9 @@ def main(text: str) -> int:
         def tell(event: str, **what: Any) -> None:
             print(json.dumps({"event": event, **what}), file=lines, flush=True)
 
+        if not given["tiny"] and not torch.cuda.is_available():
+            tell("no gpu", torch=torch.__version__)
+            return 2
         first = not given["stages"][0]["fresh"]  # else the device is named afterwards: asking makes a context
         if first:
             tell("machine", **_machine(given["tiny"]))
@@ -68,13 +72,14 @@ def _run(stage: Mapping[str, Any], given: Mapping[str, Any], tell: Callable[...,
 
 
 def _machine(tiny: bool) -> dict[str, Any]:
-    """What this is: bench/record.py, and the GPU's size and software."""
+    """What this is: bench/record.py, the GPU's size and software, and the instructions that host kernels use."""
     gpu = None
     if torch.cuda.is_available() and not tiny:
         properties = torch.cuda.get_device_properties(0)
         gpu = {"name": properties.name, "bytes": properties.total_memory, "cuda": torch.version.cuda,
                "capability": f"{properties.major}.{properties.minor}"}  # fmt: skip
-    return {"machine": record.machine(), "versions": record.versions(), "gpu": gpu}
+    kernels = host.instruction_sets()[-1:] or [f"none: {host.missing}"]
+    return {"machine": {**record.machine(), "host_kernels": kernels[0]}, "versions": record.versions(), "gpu": gpu}
 
 
 if __name__ == "__main__":

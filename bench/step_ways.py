@@ -11,17 +11,16 @@ is above every reward, so that every image has a gradient.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bench import random_models
 from bench.random_models import Sizes
-from leapalign.alignment import alignment_gradients, hinge, timed
+from leapalign.alignment import alignment_gradients, timed
 from leapalign.draws import draw_noise, draw_pairs
 from leapalign.engine.cost import predict
 from leapalign.engine.ledger import Measured
@@ -30,12 +29,9 @@ from leapalign.engine.plan import MemoryPlan
 from leapalign.engine.planner import Planner
 from leapalign.engine.streamed import StreamedModel
 from leapalign.engine.units import meta_transformer
-from leapalign.engine.velocity import evaluation_mode, microbatches, select, velocity
 from leapalign.engine.workload import DEVICE_BASE, Budget, Machine, Workload
 from leapalign.pipeline import FlowPipeline
-from leapalign.reference import connect, discount, distance, leap, similarity_weights
 from leapalign.rewards import LatentReward
-from leapalign.rollout import rollout
 from leapalign.surrogates import LeapAlign
 
 DTYPE = torch.bfloat16
@@ -142,16 +138,6 @@ class Way:
             "pairs": draw_pairs(0, number, range(task.batch), steps),
         }
 
-    @contextmanager
-    def _measured(self) -> Iterator[None]:
-        """The whole step's peak, for ways without a ledger."""
-        gpu = self.task.device.type == "cuda"
-        if gpu:
-            torch.cuda.reset_peak_memory_stats(self.task.device)
-        yield
-        peak = torch.cuda.max_memory_allocated(self.task.device) if gpu else None
-        _grow(self.memory, {"step": {"device_bytes": peak, "host_bytes": None}})
-
 
 def pipeline_of(task: Task, transformer: Any, vae: Any) -> FlowPipeline:
     """The pipeline of a transformer and a VAE that are there."""
@@ -208,13 +194,14 @@ class Streamed(Way):
 
     def step(self, number: int, steps: int) -> Step:
         assert self.model.optimizer is not None
+        given = self._given(number, steps)
         seconds: dict[str, float] = {}
         before = dict(self.model.streamer.copied)
         with timed(seconds, "whole", self.task.device), self.model.optimizer.in_backward() as sink:
-            found = alignment_gradients(**self._given(number, steps), executor="streamed", sink=sink)
+            found = alignment_gradients(**given, executor="streamed", sink=sink)
         phases = dict(found.seconds)
         phases["update"] = max(seconds["whole"] - sum(phases.values()), 0)  # all that the products did not wait for
-        _grow(self.memory, self.model.ledger.row(number)["memory"])
+        grow(self.memory, self.model.ledger.row(number)["memory"])
         done = self.model.streamer.copied
         self.copied = {"h2d_bytes": done["in"] - before["in"], "d2h_bytes": done["out"] - before["out"]}
         return Step(phases, float(found.loss))
@@ -245,111 +232,7 @@ def cap(device: torch.device, budget: Budget) -> None:
     torch.cuda.set_per_process_memory_fraction(min(max(part, 0.0), 1.0), device)
 
 
-# ---- everything on the device --------------------------------------------------------------------------------------
-
-
-class Resident(Way):
-    """Weights, gradients, states, VAE and reward on the device; the phases are the engine's."""
-
-    def __init__(self, task: Task) -> None:
-        transformer: Any = random_models.transformer(task.sizes, task.device, DTYPE)
-        transformer.enable_gradient_checkpointing()
-        vae = random_models.vae(task.sizes, task.device).to(task.device)
-        reward: Any = random_models.reward(task.sizes, task.device)
-        for part in (reward, *vars(reward).values()):
-            if isinstance(part, nn.Module):
-                part.to(task.device)
-        self.optimizer, name = eight_bit_adamw(transformer, task.device)
-        super().__init__(task, pipeline_of(task, transformer, vae), reward, name, microbatch=task.batch)
-
-    def step(self, number: int, steps: int) -> Step:
-        with self._measured():
-            found = alignment_gradients(**self._given(number, steps), executor="autograd", microbatch=self.microbatch)
-            seconds = dict(found.seconds)
-            with timed(seconds, "update", self.task.device):
-                for name, parameter in self.pipeline.transformer.named_parameters():
-                    parameter.grad = found.grads.pop(name).to(parameter.dtype)
-                self._update()
-        return Step(seconds, float(found.loss))
-
-    def flops(self, steps: int) -> int:
-        forward, reward = arithmetic(self.task)
-        # Each of two legs: a forward, and with checkpointing another one and twice as much backward.
-        return self.task.batch * ((steps + 2 * 4) * forward + reward)
-
-    def smaller(self) -> bool:
-        for parameter in self.pipeline.transformer.parameters():
-            parameter.grad = None
-        if not self.microbatch or self.microbatch == 1:
-            return False
-        self.microbatch //= 2
-        return True
-
-    def _update(self) -> None:
-        torch.nn.utils.clip_grad_norm_(self.pipeline.transformer.parameters(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-
-
-class Plain(Resident):
-    """One graph through both leaps and the reward (leapalign/reference.py), gradients summed over microbatches."""
-
-    def step(self, number: int, steps: int) -> Step:
-        given, losses = self._given(number, steps), []
-        seconds: dict[str, float] = {}
-        transformer, device, rows_at_once = self.pipeline.transformer, self.task.device, self.microbatch
-        with self._measured(), evaluation_mode(transformer):
-            with timed(seconds, "rollout", device):
-                trajectory = rollout(
-                    transformer, given["conditioning"], given["noise"], given["sigmas"], microbatch=rows_at_once
-                )
-            with timed(seconds, "graph", device):
-                for rows in microbatches(self.task.batch, rows_at_once):
-                    loss = self._loss(rows, trajectory, given)
-                    loss.backward()
-                    losses.append(float(loss.detach()))
-            with timed(seconds, "update", device):
-                self._update()
-        return Step(seconds, sum(losses))
-
-    def _loss(self, rows: slice, trajectory: Any, given: Mapping[str, Any]) -> Tensor:
-        """Of some rows of the batch, with grad; eqs. 3 to 13."""
-        transformer, conditioning = self.pipeline.transformer, select(given["conditioning"], rows)
-        k, j = given["pairs"].to(trajectory.sigmas.device).unbind(1)
-        s_k, s_j = trajectory.sigmas[k][rows], trajectory.sigmas[j][rows]
-        x_k, real_j, real_0 = trajectory.at(k)[rows], trajectory.at(j)[rows], trajectory.final[rows]
-        leap_j = leap(x_k, s_k - s_j, velocity(transformer, x_k, s_k, conditioning))
-        x_j = connect(leap_j, real_j)
-        leap_0 = leap(x_j, s_j, velocity(transformer, discount(x_j, METHOD.alpha), s_j, conditioning))
-        d_j, d_0 = distance(real_j, leap_j.detach()), distance(real_0, leap_0.detach())
-        weights = similarity_weights(d_j, d_0, METHOD.tau)
-        rewards = given["reward"].select(rows)(connect(leap_0, real_0)).to(weights.dtype)
-        return hinge(rewards, weights, METHOD.threshold).sum() / self.task.batch
-
-
-def eight_bit_adamw(transformer: nn.Module, device: torch.device) -> tuple[torch.optim.Optimizer, str]:
-    """bitsandbytes' 8-bit AdamW on a GPU where it is installed, else torch's AdamW; and its name."""
-    missing = "which needs a GPU"
-    if device.type == "cuda":
-        try:
-            from bitsandbytes.optim import AdamW8bit as TheirAdamW8bit
-        except Exception as error:  # it looks for its CUDA libraries when it is imported
-            missing = f"which is not to be had: {str(error).strip().partition(chr(10))[0][:80]}"
-        else:
-            return TheirAdamW8bit(transformer.parameters(), lr=LEARNING_RATE), "AdamW8bit of bitsandbytes"
-    return torch.optim.AdamW(transformer.parameters(), lr=LEARNING_RATE), f"AdamW of torch for bitsandbytes', {missing}"
-
-
-def arithmetic(task: Task) -> tuple[int, int]:
-    """FLOPs of one image: of a transformer's forward, and of the reward with its gradient; counted on meta tensors."""
-    workload = task.workload("torch")
-    costs = Planner(task.sizes.transformer, workload).costs
-    phases = {phase.name: phase.flops for phase in predict(costs, MemoryPlan(), workload).phases}
-    evaluations = task.batch * task.steps
-    return (phases["hoist"] + phases["rollout"]) // evaluations, phases["reward"] // task.batch
-
-
-def _grow(memory: dict[str, Measured], found: Mapping[str, Mapping[str, int | None]]) -> None:
+def grow(memory: dict[str, Measured], found: Mapping[str, Mapping[str, int | None]]) -> None:
     """Keep the most of each phase."""
     for phase, row in found.items():
         kept = memory.setdefault(phase, Measured())

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 
 from bench import record
+from bench.device_ways import Plain, Resident
 from bench.random_models import MODELS, tiny
 from bench.step_timing import Left, collect, machine_here, measured
-from bench.step_ways import Plain, Resident, Streamed, Task, Way, planner_of
+from bench.step_ways import Streamed, Task, Way, planner_of
 from bench.throughput_words import table, told
 from leapalign.engine.planner import BudgetError, Planner
 from leapalign.engine.sizes import parse_bytes
