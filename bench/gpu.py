@@ -37,7 +37,8 @@ from bench.gpu_words import table
 SUMMARY = "every measurement that needs a GPU, in stages and within minutes; --tiny tries it out on the CPU"
 RESULTS = Path(__file__).parent / "results"
 _ROOT = Path(__file__).parent.parent
-_GRACE = 10.0  # seconds for a stage to end by itself
+_START = 120.0  # seconds for a process to begin its first stage
+_GRACE = 10.0  # and for a stage to end by itself
 _LAST = 6  # lines of a broken process's output that are kept
 
 
@@ -184,8 +185,8 @@ class Session:
                             if event["event"] == "begin":
                                 began, current, begun = time.monotonic(), event["stage"], True
                             self._take(event, began)
-                        limit = min(began + self._stages[current].seconds + _GRACE, self._deadline)
-                        if ended or time.monotonic() > limit:
+                        limit = self._stages[current].seconds + _GRACE if begun else _START
+                        if ended or time.monotonic() > min(began + limit, self._deadline):
                             break
                         time.sleep(0.05)
                 finally:

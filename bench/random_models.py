@@ -188,13 +188,15 @@ def prompts(batch: int) -> list[str]:
 
 
 class _Tokens:
-    """In a tokenizer's place: as many tokens as a short prompt has."""
+    """In a tokenizer's place: as many tokens as a short prompt has, the same ones for the same prompt."""
 
     def __call__(self, prompts: list[str], **_: Any) -> Any:
         from transformers import BatchEncoding
 
-        generator = torch.Generator().manual_seed(len(prompts))
-        words = torch.randint(_FIRST, (len(prompts), _WORDS), generator=generator)
-        ends = [torch.full((len(prompts), 1), token) for token in (_FIRST, _LAST)]
-        ids = torch.cat([ends[0], words, ends[1]], dim=1)
+        rows = []
+        for prompt in prompts:
+            generator = torch.Generator().manual_seed(int.from_bytes(prompt[-4:].encode(), "little"))
+            words = torch.randint(_FIRST, (_WORDS,), generator=generator)
+            rows.append(torch.tensor([_FIRST, *words.tolist(), _LAST]))
+        ids = torch.stack(rows)
         return BatchEncoding({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
