@@ -18,6 +18,8 @@ COMMANDS = (
     "bits",
     "kernels",
     "host-optimizer",
+    "throughput",
+    "gpu",
     "report",
 )
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -110,22 +110,34 @@ def _row(results: Sequence[Compiled]) -> dict[str, Any]:
 def _measure(options: argparse.Namespace) -> int:
     device = torch.device("cpu" if options.tiny else "cuda")
     resolutions = [64] if options.tiny else options.resolution
-    if device.type == "cuda":
-        torch.cuda.set_stream(torch.cuda.Stream())  # the default stream cannot be recorded
     print(f"{_name(device)}\n\n{'':36}{'µs':>10}{'spread':>9}{'GB/s':>9}{'of copy':>9}{'error':>10}")
-    rows: list[dict[str, Any]] = []
-    # Donated buffers are gone after the backward, which is timed more than once.
-    with functorch.patch(donated_buffer=False):
-        for resolution, case in _cases(resolutions, device, options.tiny):
-            if options.only is None or options.only in case.name:
-                rows.append({"operation": case.name, "resolution": resolution, **_measured(case, device)})
-                print(_table(rows[-1], device), flush=True)
-                torch._dynamo.reset()
-    if not rows:
+    found: list[dict[str, Any]] = []
+    for row in rows(resolutions, device, options.tiny, lambda name, _: options.only is None or options.only in name):
+        found.append(row)
+        print(_table(row, device), flush=True)
+    if not found:
         raise ValueError(f"only={options.only} is in no operation's name")
     others = {name: metadata.version(name) for name in _OTHERS if kernel_cases.optional(name) is not None}
-    _write(options, {"device": _name(device), "tiny": options.tiny, "others": others, "operations": rows})
+    _write(options, {"device": _name(device), "tiny": options.tiny, "others": others, "operations": found})
     return 0
+
+
+def rows(
+    resolutions: Sequence[int], device: torch.device, tiny: bool, wanted: Callable[[str, int | None], bool]
+) -> Iterator[dict[str, Any]]:
+    """What is measured, a row an operation and resolution (None where it does not matter).
+
+    Args:
+        wanted: (operation and dtype, resolution) -> whether to measure it; asked just before.
+    """
+    if device.type == "cuda":
+        torch.cuda.set_stream(torch.cuda.Stream())  # the default stream cannot be recorded
+    # Donated buffers are gone after the backward, which is timed more than once.
+    with functorch.patch(donated_buffer=False):
+        for resolution, case in _cases(resolutions, device, tiny):
+            if wanted(f"{case.name} {case.dtype}", resolution):
+                yield {"operation": case.name, "resolution": resolution, **_measured(case, device)}
+                torch._dynamo.reset()
 
 
 def _cases(resolutions: Sequence[int], device: torch.device, tiny: bool) -> Iterator[tuple[int | None, Case]]:

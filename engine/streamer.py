@@ -92,6 +92,9 @@ class Streamer:
 
     A failed copy is raised by the next call that notices, and by every later one; nothing is copied any more.
     RuntimeError, here and below, is a mistake of the engine, never of its user.
+
+    Attributes:
+        copied: {"in": bytes issued so far from the host to the device, "out": bytes the other way}.
     """
 
     def __init__(self, device: torch.device, *, delay: Delay | None = None, compute: Queue | None = None) -> None:
@@ -105,6 +108,7 @@ class Streamer:
         self._queues["host"] = HostThreads()
         self._buffers: dict[int, Buffer] = {}  # those made here, by id
         self._raised = False
+        self.copied = {"in": 0, "out": 0}
         # Copies may be under way when the last user forgets the streamer: they end before the memory goes.
         self._finalizer = weakref.finalize(self, _shut_down, list(self._queues.values()), self._buffers)
 
@@ -228,6 +232,7 @@ class Streamer:
             assert to.shape == source.shape and to.dtype == source.dtype, f"{source.shape} copied to {to.shape}"
             assert to.is_contiguous() and source.is_contiguous(), "a copy of strided memory"
         self._touch(name, [slot, *regions])
+        self.copied[name] += sum(to.nbytes for to, _ in copies)
         self._queues[name].copy(tuple(copies))
         self._record(name, [slot, *regions])
 

@@ -1,0 +1,249 @@
+"""The stages of `python -m bench gpu`.
+
+A stage is a function of a `Context`: it emits rows as they come and raises what makes it fail. Nothing of CUDA is
+touched before a stage does it, so that a stage that comes first in its process finds the device as it is.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Collection, Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from leapalign.engine.arena import HostArena
+from leapalign.engine.sizes import parse_bytes
+
+RESOLUTIONS = (512, 1024)
+RAM = "112GiB"  # of the host that plans may take
+REPEATS = 2
+A_KERNEL = 30  # seconds that an operation may take: it is compiled and timed in three ways and more
+TINY_KERNELS = ("gated f", "leap b", "sum")
+
+
+class FailedError(Exception):
+    """A stage that ran to its end and found something wrong; its text says what."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a stage is given.
+
+    Attributes:
+        tiny: toy sizes on the CPU.
+        deadline: on the clock of `time.monotonic`: when the stage has to have ended.
+        done: keys of the rows that are there already.
+        emit: keeps a row, {"key": ..., ...}.
+    """
+
+    tiny: bool
+    deadline: float
+    done: Collection[str] = ()
+    emit: Callable[[dict[str, Any]], None] = field(default=lambda row: None)
+
+    @property
+    def device(self) -> torch.device:
+        """What is tested; asking touches nothing."""
+        return torch.device("cpu") if self.tiny else torch.device("cuda", 0)
+
+    def left(self) -> float:
+        """Seconds."""
+        return self.deadline - time.monotonic()
+
+
+# ---- what is tested and measured -----------------------------------------------------------------------------------
+
+
+def correctness(context: Context) -> None:
+    """bench/gpu_correctness.py."""
+    from bench.gpu_correctness import checked, checks
+
+    failed = []
+    for key, check in checks(context.device, wide=not context.tiny):
+        if key not in context.done:
+            row = checked(key, check)
+            context.emit(row)
+            failed += [] if row["passed"] else [key]
+    if failed:
+        raise FailedError(f"{len(failed)} checks failed: {'; '.join(failed[:5])}")
+
+
+def ceilings(context: Context) -> None:
+    """Rates of engine/rates.py: what no step can be faster than."""
+    from leapalign.engine import rates
+
+    seconds = 0.1 if context.tiny else 2.0
+    for key, measure in {
+        "matrix product": lambda: {"flops_per_s": rates.matmul_flops_per_s(context.device, seconds=seconds)},
+        "copies": lambda: asdict(rates.copy_rates(context.device, seconds=seconds)),
+        "host": lambda: asdict(rates.host_rates(seconds=seconds)),
+    }.items():
+        if key not in context.done:
+            context.emit({"key": key, **measure()})
+
+
+def step_24(context: Context) -> None:
+    """FLUX.1-dev's size under 24 GiB."""
+    _steps(context, "24GiB")
+
+
+def step_48(context: Context) -> None:
+    """FLUX.1-dev's size under 48 GiB."""
+    _steps(context, "48GiB")
+
+
+def kernel_times(context: Context) -> None:
+    """`bench kernels`, an operation at a time, as far as the seconds last."""
+    from bench.kernels import rows
+
+    there = set(context.done)
+
+    def wanted(name: str, resolution: int | None) -> bool:
+        if f"{name} {resolution}" in there:
+            return False
+        if context.tiny:
+            return name.startswith(TINY_KERNELS)
+        return context.left() > A_KERNEL
+
+    for resolution in [64] if context.tiny else RESOLUTIONS:
+        for row in rows([resolution], context.device, context.tiny, wanted):
+            key = f"{row['operation']} {row['dtype']} {row['resolution']}"
+            there.add(key)
+            context.emit({"key": key, **row})
+
+
+def ways(context: Context) -> None:
+    """`bench throughput` at a size of which everything fits on the device: a quarter of FLUX.1-dev."""
+    from bench import random_models
+    from bench.throughput import TINY_CAP
+
+    if context.tiny:
+        _throughput(context, random_models.tiny(), (TINY_CAP,), ("streamed", "resident", "plain"))
+    else:
+        sizes = random_models.flux1_dev().with_blocks(5, 10)
+        _throughput(context, sizes, ("8GiB", "24GiB"), ("streamed", "resident", "plain"))
+
+
+def whole_ways(context: Context) -> None:
+    """The same of all of FLUX.1-dev, for the ways that hold it on the device."""
+    from bench import random_models
+
+    sizes = random_models.tiny() if context.tiny else random_models.flux1_dev()
+    _throughput(context, sizes, (), ("plain",) if context.tiny else ("resident", "plain"))
+
+
+def _throughput(context: Context, sizes: Any, caps: tuple[str, ...], kinds: tuple[str, ...]) -> None:
+    from bench.step_ways import Task
+    from bench.throughput import Session
+
+    microbatch, repeats = (1, 1) if context.tiny else (None, REPEATS)
+    task = Task(sizes, sizes.resolution, sizes.batch, sizes.steps, context.device, microbatch)
+    session = Session(task, kinds, caps, RAM, repeats)
+    waiting = [name for name in session.names() if name not in context.done]
+    while waiting:  # they share what is left
+        deadline = time.monotonic() + context.left() / len(waiting)
+        session.left = lambda deadline=deadline: deadline - time.monotonic()  # type: ignore[misc]
+        row = session.row(waiting.pop(0))
+        context.emit({"key": row["way"], **session.rates, **row})
+
+
+# ---- steps of FLUX.1-dev's size ------------------------------------------------------------------------------------
+
+
+def _steps(context: Context, cap: str) -> None:
+    from bench.ballast import ballast
+
+    faults: list[str] = []
+    with ExitStack() as stack:
+        taken: dict[str, Any] = {}
+        if not context.tiny:
+            try:
+                taken = dict(stack.enter_context(ballast(parse_bytes(cap))))
+            except RuntimeError as error:  # the allocator is held to the cap all the same
+                taken = {"none": str(error)}
+        arenas = Arenas()
+        for number, resolution in enumerate(RESOLUTIONS):
+            if str(resolution) not in context.done:
+                share = context.left() / (len(RESOLUTIONS) - number)
+                row = _step(context, cap, resolution, arenas, time.monotonic() + share)
+                wrong = _faults(row)
+                context.emit({"key": str(resolution), **row, "ballast": taken, "faults": wrong})
+                faults += [f"{resolution} pixels: {fault}" for fault in wrong]
+    if faults:
+        raise FailedError("; ".join(faults))
+
+
+def _step(context: Context, cap: str, resolution: int, arenas: Arenas, deadline: float) -> dict[str, Any]:
+    from bench import random_models
+    from bench.step_timing import collect, machine_here, measured
+    from bench.step_ways import Streamed, Task, planner_of
+    from bench.throughput import TINY_CAP
+    from leapalign.engine.planner import BudgetError
+    from leapalign.engine.workload import Budget
+
+    sizes, device, limit, pixels = random_models.flux1_dev(), context.device, cap, resolution
+    if context.tiny:
+        sizes, pixels, limit = random_models.tiny(), resolution // 32, TINY_CAP if cap == "24GiB" else "1GiB"
+    task = Task(sizes, pixels, sizes.batch, sizes.steps, device, 1 if context.tiny else None)
+    machine, rates = machine_here(device, seconds=0.1 if context.tiny else 0.6)
+    arenas.again()
+    try:
+        planner, budget = planner_of(task, machine), Budget(limit, RAM)
+        row = measured(
+            lambda: Streamed(task, planner, budget, arena=None if context.tiny else arenas),
+            rates["matmul_flops_per_s"],
+            1 if context.tiny else REPEATS,
+            lambda: deadline - time.monotonic(),
+        )
+    except BudgetError as error:
+        row = {"refused": str(error)}
+    except torch.OutOfMemoryError as error:
+        row = {"out_of_memory_bytes": parse_bytes(cap), "allocator": str(error).strip().splitlines()[0]}
+    finally:
+        collect(device)
+    left = {} if context.tiny else {"free_bytes": torch.cuda.mem_get_info(device)[0],
+                                    "reserved_bytes": torch.cuda.memory_reserved(device)}  # fmt: skip
+    return {"way": f"{resolution} pixels, {cap}", "batch": task.batch, **rates, **row, "afterwards": left}
+
+
+def _faults(row: Mapping[str, Any]) -> list[str]:
+    """What is wrong with a step."""
+    if "refused" in row:
+        return [row["refused"]]
+    if "out_of_memory_bytes" in row:
+        return [f"out of memory: {row['allocator']}"]
+    found = [] if all(map(math.isfinite, row["losses"])) else ["the loss is not finite"]
+    found += [] if all(row["weights_changed"]) else ["weights have not changed"]
+    for phase in row["over_plan"]:
+        took, planned = (part[phase]["device_bytes"] for part in (row["memory"], row["planned"]))
+        found.append(f"{phase} took {took / 2**30:.2f} GiB, {planned / 2**30:.2f} were planned")
+    return found
+
+
+class Arenas:
+    """Makes host memory, and gives it to the next model of the same shape again: 48 GB take long to be pinned."""
+
+    def __init__(self) -> None:
+        self._made: list[tuple[dict[str, int], HostArena]] = []
+        self._free: list[tuple[dict[str, int], HostArena]] = []
+
+    def again(self) -> None:
+        """The model that had them is gone."""
+        self._free = list(self._made)
+        for _, arena in self._free:
+            for region in arena.values():
+                region.zero_()
+
+    def __call__(self, sizes: Mapping[str, int]) -> Mapping[str, Tensor]:
+        found = next((each for each in self._free if each[0] == sizes), None)
+        if found is not None:
+            self._free.remove(found)
+            return found[1]
+        arena = HostArena(sizes, pin=True)
+        self._made.append((dict(sizes), arena))
+        return arena

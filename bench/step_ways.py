@@ -1,0 +1,240 @@
+"""One optimizer step, several ways: what `python -m bench throughput` and `python -m bench gpu` measure.
+
+    streamed    the engine: weights and 8-bit AdamW states on the host, everything else as planned for a device cap
+    resident    everything on the device: decoupled phases (executor "autograd"), blocks recomputed in backward
+    plain       what one would write without the engine: the paper's Algorithm 1 with both leaps and the reward in one
+                autograd graph, diffusers' gradient checkpointing, gradients and an 8-bit AdamW on the device
+
+All take the same noise, leaps, prompts and embeddings, bfloat16 weights, and VAE and reward in float32. The threshold
+is above every reward, so that every image has a gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from bench import random_models
+from bench.random_models import Sizes
+from leapalign.alignment import alignment_gradients, timed
+from leapalign.draws import draw_noise, draw_pairs
+from leapalign.engine.cost import predict
+from leapalign.engine.ledger import Measured
+from leapalign.engine.optim import AdamW8bit
+from leapalign.engine.plan import MemoryPlan
+from leapalign.engine.planner import Planner
+from leapalign.engine.streamed import StreamedModel
+from leapalign.engine.units import meta_transformer
+from leapalign.engine.workload import DEVICE_BASE, Budget, Machine, Workload
+from leapalign.pipeline import FlowPipeline
+from leapalign.rewards import LatentReward
+from leapalign.surrogates import LeapAlign
+
+DTYPE = torch.bfloat16
+METHOD = LeapAlign(alpha=0.1, tau=0.1, threshold=10.0)
+GUIDANCE, LEARNING_RATE = 3.5, 1e-5
+_SAMPLED = 2**16  # elements of a parameter that are looked at for changes
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is to be done.
+
+    Attributes:
+        resolution: pixels a side.
+        batch, steps: images and rollout steps of an optimizer step.
+        device: that computes.
+        microbatch: images at once in the engine; None: the planner's choice.
+    """
+
+    sizes: Sizes
+    resolution: int
+    batch: int
+    steps: int
+    device: torch.device
+    microbatch: int | None = None
+
+    def workload(self, kernels: Literal["auto", "torch"] = "auto") -> Workload:
+        """For the planner."""
+        return Workload(
+            batch=self.batch,
+            resolution=self.resolution,
+            patch=self.sizes.patch,
+            text_tokens=self.sizes.text_tokens,
+            num_inference_steps=self.steps,
+            microbatch=self.microbatch,
+            dtype=DTYPE,
+            kernels=kernels,
+            rewards=self.sizes.reward_loads(self.resolution),
+        )
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step's wall-clock seconds by phase, in the order of the phases, and its loss."""
+
+    seconds: Mapping[str, float]
+    loss: float
+
+    @property
+    def total(self) -> float:
+        return sum(self.seconds.values())
+
+
+@dataclass
+class Way:
+    """A model, its optimizer and a reward, ready for steps. `close` before another one is made.
+
+    Attributes:
+        pipeline, reward: random ones of the task's sizes.
+        optimizer_name: in words.
+        microbatch: images at once in the transformer; None: as planned.
+        memory: {phase: the most since the first step}; device bytes where there is a GPU.
+    """
+
+    task: Task
+    pipeline: FlowPipeline
+    reward: Any
+    optimizer_name: str
+    microbatch: int | None = None
+    memory: dict[str, Measured] = field(default_factory=dict)
+
+    def step(self, number: int, steps: int) -> Step:
+        """One optimizer step with a rollout of so many steps."""
+        raise NotImplementedError
+
+    def flops(self, steps: int) -> int:
+        """Of such a step: matrix products, convolutions and attention, what is computed twice twice."""
+        raise NotImplementedError
+
+    def smaller(self) -> bool:
+        """Take half the images at once from now on; False if there is only one."""
+        return False
+
+    def close(self) -> None:
+        """Let go of the device."""
+
+    def sample(self) -> list[Tensor]:
+        """Copies of some weights of the first and the last linear layers, to see that steps change them."""
+        matrices = [p for p in self.pipeline.transformer.parameters() if p.ndim == 2]
+        return [p.detach().view(-1)[:_SAMPLED].to("cpu", copy=True) for p in (matrices[0], matrices[-1])]
+
+    def _given(self, number: int, steps: int) -> dict[str, Any]:
+        """The arguments of `alignment_gradients` but for the executor's."""
+        task, pipeline = self.task, self.pipeline
+        embeds = random_models.embeddings(task.sizes, task.batch)
+        noise = draw_noise(0, number, range(task.batch), pipeline.latent_shape(task.resolution))
+        return {
+            "transformer": pipeline.transformer,
+            "conditioning": pipeline.conditioning(embeds, task.resolution, GUIDANCE),
+            "noise": noise.to(pipeline.home),
+            "sigmas": pipeline.sigmas(steps, task.resolution),
+            "reward": LatentReward(pipeline, self.reward, random_models.prompts(task.batch)),
+            "method": METHOD,
+            "pairs": draw_pairs(0, number, range(task.batch), steps),
+        }
+
+
+def pipeline_of(task: Task, transformer: Any, vae: Any) -> FlowPipeline:
+    """The pipeline of a transformer and a VAE that are there."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    scheduler = FlowMatchEulerDiscreteScheduler.from_config(dict(task.sizes.scheduler))
+    return FlowPipeline(transformer, vae, scheduler, "random")
+
+
+# ---- streamed ------------------------------------------------------------------------------------------------------
+
+
+class Streamed(Way):
+    """The engine under a cap.
+
+    Attributes:
+        plan: for the cap, with its predictions for a step of the task.
+        model: obeys it.
+        copied: bytes of the last step's copies, "h2d_bytes" and "d2h_bytes".
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        planner: Planner,
+        budget: Budget,
+        *,
+        arena: Callable[[Mapping[str, int]], Mapping[str, Tensor]] | None = None,
+    ) -> None:
+        """
+        Args:
+            planner: of the task's workload; it may serve several budgets.
+            budget: device and host memory. On a GPU torch's allocator is held to it.
+            arena: makes the host memory, as for `StreamedModel`.
+
+        Raises:
+            BudgetError: nothing fits.
+        """
+        self._planner = planner
+        self.plan = planner.plan(budget)
+        if task.device.type == "cuda":
+            cap(task.device, budget)
+        reward, vae = random_models.reward(task.sizes, task.device), random_models.vae(task.sizes, task.device)
+        if self.plan.checkpoint_reward:
+            vae.enable_gradient_checkpointing()
+        module = meta_transformer(task.sizes.transformer, DTYPE)
+        optimizer = AdamW8bit(lr=LEARNING_RATE, clip="block")
+        self.model = StreamedModel(module, self.plan, optimizer, device=task.device, arena=arena)
+        random_models.fill(self.model.store, task.device)
+        self.copied: dict[str, int] = {}
+        super().__init__(task, pipeline_of(task, self.model, vae), reward, "AdamW8bit of leapalign")
+        if task.device.type == "cuda":
+            torch.cuda.empty_cache()  # what drew the weights is in the way of what is planned
+
+    def step(self, number: int, steps: int) -> Step:
+        assert self.model.optimizer is not None
+        given = self._given(number, steps)
+        seconds: dict[str, float] = {}
+        before = dict(self.model.streamer.copied)
+        with timed(seconds, "whole", self.task.device), self.model.optimizer.in_backward() as sink:
+            found = alignment_gradients(**given, executor="streamed", sink=sink)
+        phases = dict(found.seconds)
+        phases["update"] = max(seconds["whole"] - sum(phases.values()), 0)  # all that the products did not wait for
+        grow(self.memory, self.model.ledger.row(number)["memory"])
+        done = self.model.streamer.copied
+        self.copied = {"h2d_bytes": done["in"] - before["in"], "d2h_bytes": done["out"] - before["out"]}
+        return Step(phases, float(found.loss))
+
+    def predicted(self, steps: int) -> MemoryPlan:
+        """The plan with predictions for a rollout of so many steps."""
+        workload = replace(self._planner.workload, num_inference_steps=steps)
+        return predict(self._planner.costs, self.plan, workload, self._planner.machine)
+
+    def flops(self, steps: int) -> int:
+        return sum(phase.flops for phase in self.predicted(steps).phases)
+
+    def close(self) -> None:
+        self.model.close()
+        if self.task.device.type == "cuda":
+            torch.cuda.set_per_process_memory_fraction(1.0, self.task.device)
+
+
+def planner_of(task: Task, machine: Machine) -> Planner:
+    """Plans for the task, by a machine's rates."""
+    return Planner(task.sizes.transformer, task.workload(), machine)
+
+
+def cap(device: torch.device, budget: Budget) -> None:
+    """Hold torch's allocator to the budget, less what no allocator shows."""
+    total = torch.cuda.get_device_properties(device).total_memory
+    part = (budget.device_bytes - DEVICE_BASE) / total
+    torch.cuda.set_per_process_memory_fraction(min(max(part, 0.0), 1.0), device)
+
+
+def grow(memory: dict[str, Measured], found: Mapping[str, Mapping[str, int | None]]) -> None:
+    """Keep the most of each phase."""
+    for phase, row in found.items():
+        kept = memory.setdefault(phase, Measured())
+        kept.device_bytes = max(filter(None, (kept.device_bytes, row["device_bytes"])), default=None)
+        kept.host_bytes = max(filter(None, (kept.host_bytes, row["host_bytes"])), default=None)

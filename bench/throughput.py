@@ -1,0 +1,186 @@
+"""Seconds of an optimizer step by phase, images and TFLOP a second, and what was copied, beside the other ways to it.
+
+Which ways there are: bench/step_ways.py; how they are timed: bench/step_timing.py. Weights are random, sizes are real.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from bench import record
+from bench.device_ways import Plain, Resident
+from bench.random_models import MODELS, tiny
+from bench.step_timing import Left, collect, machine_here, measured
+from bench.step_ways import Streamed, Task, Way, planner_of
+from bench.throughput_words import table, told
+from leapalign.engine.planner import BudgetError, Planner
+from leapalign.engine.sizes import parse_bytes
+from leapalign.engine.workload import Budget
+
+SUMMARY = "seconds of an optimizer step by phase: streamed under device caps, resident, and a plain trainer"
+WAYS = ("streamed", "resident", "plain")
+TINY_CAP = "3750KiB"  # in which blocks of the tiny model have to be streamed
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `python -m bench throughput`."""
+    parser.add_argument("--model", choices=[name for name in MODELS if name != "tiny"], default="shapes")
+    parser.add_argument("--blocks", help="D,S: only so many double and single blocks")
+    parser.add_argument("--ways", default=",".join(WAYS), help="(default: %(default)s)")
+    parser.add_argument("--vram", default="24GiB,48GiB", help="device caps of the streamed way (default: %(default)s)")
+    parser.add_argument("--ram", help="host memory that plans may take (default: no limit)")
+    parser.add_argument("--resolution", type=int, help="pixels a side (default: the model's)")
+    parser.add_argument("--batch", type=int, help="images a step (default: the model's)")
+    parser.add_argument("--steps", type=int, help="of the rollout (default: the model's)")
+    parser.add_argument("--repeats", type=int, default=3, help="timed optimizer steps a way (default: %(default)s)")
+    parser.add_argument("--tiny", action="store_true", help="toy sizes on the CPU: what is measured means nothing")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--output", metavar="NAME", help="also write bench/results/NAME.json")
+
+
+def run(options: argparse.Namespace, unknown: list[str]) -> int:
+    """Measure and print. Exit code 2 for wrong settings."""
+    try:
+        if unknown:
+            raise ValueError(f"unknown argument {unknown[0]}; see --help")
+        session = _session(options)
+    except ValueError as error:
+        print(f"bench throughput: error: {error}", file=sys.stderr)
+        return 2
+    rows = []
+    for row in session.rows():
+        rows.append(row)
+        print(told(row), file=sys.stderr, flush=True)
+    result = {"settings": _settings(options, session.task), "device": session.device_name, **session.rates}
+    result["ways"] = rows
+    print(json.dumps(result, indent=1) if options.json else table(result))
+    if options.output:
+        path = record.write(options.output, ["throughput", *_command(options)], result)
+        print(f"wrote {path.name}", file=sys.stderr)
+    return 0
+
+
+# ---- a session -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Session:
+    """The ways of one task, one after the other.
+
+    Attributes:
+        ways: of WAYS.
+        caps: of the streamed way, e.g. "24GiB".
+        ram: host memory for the plans; None: no limit.
+        repeats: timed steps a way, at most.
+        left: the seconds that there are; what does not fit is made shorter.
+        rates: of this machine, measured when the session is made.
+    """
+
+    task: Task
+    ways: Sequence[str] = WAYS
+    caps: Sequence[str] = ("24GiB", "48GiB")
+    ram: str | None = None
+    repeats: int = 3
+    left: Left = lambda: float("inf")
+
+    def __post_init__(self) -> None:
+        self._machine, self.rates = machine_here(self.task.device)
+        self._planner: Planner | None = None
+
+    @property
+    def device_name(self) -> str:
+        device = self.task.device
+        return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """A row a way."""
+        yield from (self.row(name) for name in self.names())
+
+    def names(self) -> list[str]:
+        """Of the rows."""
+        streamed = [f"streamed, {cap}" for cap in self.caps] if "streamed" in self.ways else []
+        return [*streamed, *(way for way in WAYS[1:] if way in self.ways)]
+
+    def row(self, name: str) -> dict[str, Any]:
+        """What this way takes, or why there are no numbers: it was "refused", or there was "out_of_memory_bytes"."""
+        way, _, cap = name.partition(", ")
+        limit = parse_bytes(cap, "vram") if cap else None
+        kinds: dict[str, Callable[[], Way]] = {
+            "streamed": lambda: self._streamed(Budget(limit, self.ram)),
+            "resident": lambda: Resident(self.task),
+            "plain": lambda: Plain(self.task),
+        }
+        head = {"way": name, "cap_bytes": limit}
+        try:
+            return head | measured(kinds[way], self.rates["matmul_flops_per_s"], self.repeats, self.left)
+        except BudgetError as error:
+            return head | {"refused": str(error)}
+        except torch.OutOfMemoryError:
+            return head | {"out_of_memory_bytes": limit or self._device_bytes()}
+        finally:
+            collect(self.task.device)
+
+    def _streamed(self, budget: Budget) -> Streamed:
+        if self._planner is None:
+            self._planner = planner_of(self.task, self._machine)
+        return Streamed(self.task, self._planner, budget)
+
+    def _device_bytes(self) -> int:
+        device = self.task.device
+        return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
+
+
+def _session(options: argparse.Namespace) -> Session:
+    sizes = tiny() if options.tiny else MODELS[options.model]()
+    if options.blocks is not None:
+        counts = options.blocks.split(",")
+        if len(counts) != 2 or not all(count.isdecimal() and int(count) for count in counts):
+            raise ValueError(f"blocks={options.blocks}: give two numbers of at least 1, e.g. 5,10")
+        sizes = sizes.with_blocks(*map(int, counts))
+    ways = options.ways.split(",")
+    for way in ways:
+        if way not in WAYS:
+            raise ValueError(f"ways={way} is unknown: choose from {', '.join(WAYS)}")
+    caps = [TINY_CAP] if options.tiny else options.vram.split(",")
+    Budget(None, options.ram)
+    for each in caps:
+        parse_bytes(each, "vram")
+    found = {}
+    for name, least in (("resolution", sizes.patch), ("batch", 1), ("steps", 2), ("repeats", 1)):
+        given = getattr(options, name)
+        found[name] = getattr(sizes, name) if given is None else given
+        if found[name] < least:
+            raise ValueError(f"{name}={found[name]} must be at least {least}")
+    if found["resolution"] % sizes.patch:
+        raise ValueError(f"resolution={found['resolution']} must be a multiple of {sizes.patch} pixels")
+    gpu = torch.cuda.is_available() and not options.tiny
+    repeats = min(found.pop("repeats"), 1 if options.tiny else 100)
+    device = torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
+    task = Task(sizes, device=device, microbatch=1 if options.tiny else None, **found)
+    return Session(task, ways, caps, options.ram, repeats)
+
+
+def _settings(options: argparse.Namespace, task: Task) -> dict[str, Any]:
+    return {
+        "model": "tiny" if options.tiny else options.model,
+        "blocks": [task.sizes.transformer[key] for key in ("num_layers", "num_single_layers")],
+        "resolution": task.resolution,
+        "batch": task.batch,
+        "steps": task.steps,
+    }
+
+
+def _command(options: argparse.Namespace) -> list[str]:
+    """The arguments that give this result again."""
+    command = []
+    for name, value in vars(options).items():
+        if name not in ("what", "output") and value not in (None, False):
+            command += [f"--{name}", *([] if value is True else [str(value)])]
+    return command

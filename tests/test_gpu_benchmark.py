@@ -1,0 +1,152 @@
+"""`bench gpu`: broken stages take nothing along, time is kept, and what is there is not measured again."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bench import gpu, gpu_correctness, kernel_cases, kernels
+from bench.__main__ import main
+from bench.gpu import Session, Stage
+from bench.gpu_words import table
+
+CPU = torch.device("cpu")
+
+
+def toy(name: str, seconds: float = 60, least: float = 0) -> Stage:
+    return Stage(f"tests.gpu_toy_stages:{name}", least, seconds)
+
+
+def ran(stages: dict[str, Stage], *, minutes: float = 5, **options: Any) -> dict[str, Any]:
+    session = Session(stages, minutes, tiny=True, **options)
+    session.run()
+    return session.result
+
+
+def test_broken_stages_are_reported_and_the_rest_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One raises, one kills its process, one never ends."""
+    monkeypatch.setattr(gpu, "_GRACE", 0.0)
+    path = tmp_path / "found.json"
+    names = {"first": "fine", "broken": "broken", "crash": "dies", "hang": "hangs", "last": "fine"}
+    stages = {name: toy(function, seconds=0.5 if name == "hang" else 60) for name, function in names.items()}
+    result = ran(stages, path=path)
+    found = result["stages"]
+    assert {name: stage["status"] for name, stage in found.items()} == {
+        "first": "passed", "broken": "failed", "crash": "failed", "hang": "failed", "last": "passed"
+    }  # fmt: skip
+    assert found["broken"]["error"].splitlines()[-1] == "ZeroDivisionError: this stage is broken"
+    assert found["crash"]["error"].splitlines() == ["the process ended with code -9", "last words"]
+    assert found["hang"]["error"].startswith("no end in ") and found["hang"]["rows"][0]["key"] == "before"
+    assert found["first"]["rows"][0]["process"] != found["last"]["rows"][0]["process"]
+    assert json.loads(path.read_text()) == result and result["machine"]["cores"]
+    with pytest.raises(ProcessLookupError):  # nothing is left running
+        os.kill(found["hang"]["rows"][0]["process"], 0)
+    lines = table(result).splitlines()
+    assert [line for line in lines if "ZeroDivisionError: this stage is broken" in line]
+    assert [line.split()[:2] for line in lines if line.startswith("last")] == [["last", "passed"]]
+
+
+def test_what_is_there_is_not_run_again() -> None:
+    """Neither a stage that passed, nor the good rows of one that did not."""
+    stages = {"whole": toy("fine"), "half": toy("halfway")}
+    first = json.loads(json.dumps(ran(stages)))
+    assert [stage["status"] for stage in first["stages"].values()] == ["passed", "failed"]
+    assert first["stages"]["half"]["error"] == "b is wrong"
+    second = ran(stages, before=json.loads(json.dumps(first)))["stages"]
+    assert second["whole"] == first["stages"]["whole"]
+    assert [stage["status"] for stage in second.values()] == ["passed", "passed"]
+    a, b = second["half"]["rows"]
+    assert a == first["stages"]["half"]["rows"][0] and b["passed"] and b["process"] != a["process"]
+
+
+def test_a_stage_for_which_there_is_no_time_is_not_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu.subprocess, "Popen", None)  # no process at all
+    found = ran({"long": toy("fine", least=100), "longer": toy("fine", least=200)}, minutes=1)["stages"]
+    assert {stage["status"] for stage in found.values()} == {"skipped"}
+    assert found["longer"]["error"].endswith(" s left, it takes 200 at least")
+
+
+def test_no_stage_outlasts_the_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may take 60 seconds, and the command 3 of them."""
+    monkeypatch.setattr(gpu, "_GRACE", 0.0)
+    found = ran({"hang": toy("hangs")}, minutes=3 / 60)["stages"]
+    assert found["hang"]["status"] == "failed" and found["hang"]["seconds"] < 30
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--stages", "ceilings,rest"], "stages=rest is unknown: choose from correctness, "),
+        (["--minutes", "0"], "minutes=0 must be above 0"),
+        (["--resume", "nowhere.json"], "resume=nowhere.json is no file that bench gpu wrote"),
+        (["--json", "nowhere/found.json"], "no folder; make it first"),
+        (["--fast"], "unknown argument --fast"),
+    ],
+)
+def test_wrong_settings(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["gpu", "--tiny", *arguments]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("bench gpu: error: ") and message in line
+
+
+def test_a_dry_run_is_resumed_as_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "tiny.json"
+    path.write_text(json.dumps({"tiny": True, "stages": {}}))
+    assert main(["gpu", "--resume", str(path)]) == 2
+    assert "was made with --tiny: do the same" in capsys.readouterr().err
+
+
+def test_a_dry_run_passes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The rates and the largest steps; `python -m bench gpu --tiny` runs all stages in this way."""
+    path = tmp_path / "tiny.json"
+    assert main(["gpu", "--tiny", "--stages", "ceilings,step-24", "--json", str(path)]) == 0
+    found = json.loads(path.read_text())
+    assert found["tiny"] and found["gpu"] is None and found["versions"]["torch"] == torch.__version__
+    assert found["command"] == "python -m bench gpu --stages ceilings,step-24 --minutes 9 --tiny"
+    assert list(found["stages"]) == ["ceilings", "step-24"]
+    for row in found["stages"]["step-24"]["rows"]:
+        assert row["faults"] == [] and row["planned_peak_bytes"] <= 3750 * 1024
+        assert all(share > 0 for share in row["weights_changed"]) and len(row["losses"]) == row["timed"] == 1
+        assert row["copies"]["h2d_bytes"] > 0  # weights do not stay in so little memory
+    out = capsys.readouterr().out
+    assert "no GPU: toy sizes on the CPU" in out and out.count("images/s") == 2
+
+
+# ---- what the checks of a device catch -----------------------------------------------------------------------------
+
+
+def test_a_kernel_that_is_off_is_caught() -> None:
+    case = next(kernel_cases.cases(kernel_cases.Shapes(64, **kernels._TINY), CPU))
+    ours = case.ways["leapalign"]
+    assert not isinstance(ours, str)
+    assert gpu_correctness._kernel(case, CPU)["passed"]
+    wrong = replace(case, ways={"leapalign": lambda tensors: lambda: tuple(1.05 * y for y in ours(tensors)())})
+    assert not gpu_correctness._kernel(wrong, CPU)["passed"]
+
+
+def test_one_bit_of_an_update_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    def off(**given: Any) -> None:
+        gpu_correctness.adamw8bit.update(**given)
+        given["codes_v"][-1] ^= 1
+
+    assert gpu_correctness._update("bf16", "residual", CPU)["passed"]
+    monkeypatch.setattr(gpu_correctness, "update_triton", off)
+    row = gpu_correctness._update("bf16", "residual", CPU)
+    assert not row["passed"] and any("by device, not definition" in each for each in row["different"])
+
+
+def test_a_check_that_cannot_run_has_failed() -> None:
+    def check() -> dict[str, Any]:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered\nmore of it")
+
+    assert gpu_correctness.checked("kernel", check) == {
+        "key": "kernel",
+        "passed": False,
+        "error": "RuntimeError: CUDA error: an illegal memory access was encountered",
+    }
