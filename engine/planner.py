@@ -125,6 +125,10 @@ class Planner:
             raise self._refusal(budget)
         return self._steps.plan(found)
 
+    def shortage(self, budget: Budget) -> dict[str, str]:
+        """{"vram" or "ram": size} that the budget has to grow to for the nearest plan to fit; empty if one does."""
+        return self._smallest_budget(budget, list(self._prospects(self.workload, least=True)))
+
     def plans(self) -> list[MemoryPlan]:
         """All plans, whatever they need."""
         return [self._steps.plan(prospect) for prospect in self._prospects(self.workload)]

@@ -139,6 +139,14 @@ def test_what_the_user_fixed_stays():
         assert plan.reward_microbatch == 3
 
 
+@pytest.mark.parametrize("budget", [Budget("1MiB"), Budget("1MiB", "10MiB"), Budget(None, "10MiB")])
+def test_what_is_missing_is_what_a_refusal_gives(planner, budget):
+    with pytest.raises(BudgetError) as caught:
+        planner.plan(budget)
+    assert planner.shortage(budget) == caught.value.larger != {}
+    assert planner.shortage(Budget()) == {}
+
+
 def test_a_refusal_says_the_number_the_limit_and_the_way_out(planner, plans):
     with pytest.raises(
         BudgetError, match=r"vram = 1\.00MiB is too little: the step needs \d.*whatever the batch; give"
