@@ -103,7 +103,7 @@ def tracking(results: Results) -> str:
         rows.append([name, f"{row['gain']:.5f}", *(["", "", ""] if name == "float32" else cells)])
     looks = len(result["runs"][0]["float32"]["losses"]) - 1
     text = (
-        f"{len(result['runs'])} seeds, {looks * result['every']} steps each; losses on held-out scenes; ± is the "
+        f"{len(result['runs'])} seed{'s' * (len(result['runs']) > 1)}, {looks * result['every']} steps each; losses on held-out scenes; ± is the "
         "standard deviation over seeds. The distance from float32's weights is relative to the way that these have "
         "come."
     )
