@@ -101,9 +101,9 @@ def tracking(results: Results) -> str:
         spread = "" if row["spread"] is None else f" ± {row['spread']:.6f}"
         cells = [f"{row['difference']:+.6f}{spread}", f"{row['largest_difference']:+.6f}", f"{row['distance']:.4f}"]
         rows.append([name, f"{row['gain']:.5f}", *(["", "", ""] if name == "float32" else cells)])
-    looks = len(result["runs"][0]["float32"]["losses"]) - 1
+    looks, seeds = len(result["runs"][0]["float32"]["losses"]) - 1, len(result["runs"])
     text = (
-        f"{len(result['runs'])} seeds, {looks * result['every']} steps each; losses on held-out scenes; ± is the "
+        f"{seeds} seed{'s' * (seeds > 1)}, {looks * result['every']} steps each; losses on held-out scenes; ± is the "
         "standard deviation over seeds. The distance from float32's weights is relative to the way that these have "
         "come."
     )

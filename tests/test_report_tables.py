@@ -205,7 +205,7 @@ CASES = [
         "tracking",
         "tracking-shapes",
         TRACKING,
-        ["| 8-bit | 0.49000 | +0.010000 ± 0.002000 | +0.011000 | 0.2000 |", "1 seeds, 10 steps each"],
+        ["| 8-bit | 0.49000 | +0.010000 ± 0.002000 | +0.011000 | 0.2000 |", "1 seed, 10 steps each"],
     ),
 ]
 
