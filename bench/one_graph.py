@@ -56,7 +56,7 @@ def backpropagate_steps(
     with torch.enable_grad():
         for i in range(len(sigmas) - 1):
             latents = run(latents, sigmas[i], sigmas[i + 1])
-        latents.backward(g)  # type: ignore[no-untyped-call]
+        latents.backward(g)
 
 
 def backpropagate_leaps(
@@ -76,7 +76,7 @@ def backpropagate_leaps(
         x_j = connect(leap(x_k, _each(k - j, g), velocity(transformer, x_k, k, conditioning)), real_j)
         v_j = velocity(transformer, discount(x_j, alpha), j, conditioning)
         x_0 = connect(leap(x_j, _each(j, g), v_j), real_0)
-        x_0.backward(g)  # type: ignore[no-untyped-call]
+        x_0.backward(g)
 
 
 def _each(width: Tensor, g: Tensor) -> Tensor:

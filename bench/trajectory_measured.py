@@ -2,9 +2,8 @@
 
 Two things are measured, in two runs of the same step:
 
-- live bytes of tensors, seen where operators are dispatched: from the operator that first shows a storage until it is
-  freed. Memory that the engine maps for the host (weights, gradients, block inputs that wait) is told from what would
-  be on a GPU by who made it: a mapping, not torch's allocator. Scratch memory inside an operator is not seen.
+- live bytes of tensors (bench/live_tensors.py): those that a GPU would hold apart from those that the engine keeps in
+  host memory (weights, gradients, block inputs that wait);
 - the process's own peak of resident memory, above what it had before the model was made; a first run has made all that
   is made only once. It includes everything, the host's part of the engine as well.
 """
@@ -14,21 +13,21 @@ from __future__ import annotations
 import ctypes
 import gc
 import multiprocessing
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, closing, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from bench.live_tensors import LiveTensors
 from bench.simulate import Workload, latents_shape, make_conditioning, make_transformer
 from bench.trajectory_points import ENGINE, engine_workload, run_graph
 from leapalign.engine.arena import HostArena
-from leapalign.engine.counting import DeviceCounter, tensors
 from leapalign.engine.gradients import accumulation
 from leapalign.engine.ledger import Ledger, resident_bytes
 from leapalign.engine.modulation import OuterProduct
-from leapalign.engine.plan import MemoryPlan
 from leapalign.engine.streamed import StreamedModel
 from leapalign.engine.units import default_dtype
 from leapalign.engine.velocity import velocity
@@ -37,6 +36,11 @@ from leapalign.streamed import streamed_rollout, streamed_vjps
 from leapalign.surrogates import last_steps
 
 _MMAP_THRESHOLD, _KEPT = -3, 2**15  # mallopt's option; larger blocks go back to the system when they are freed
+
+
+# Imported once: every point's process begins as a copy of the one that has them. Torch imports dynamo when a dispatch
+# mode first runs, diffusers a model when it is first named.
+_PRELOADED = [__name__, "bench.__main__", "torch._dynamo", "diffusers.models.transformers"]
 
 
 def measure(workload: Workload, method: str) -> dict[str, int]:
@@ -51,7 +55,7 @@ def measure(workload: Workload, method: str) -> dict[str, int]:
         RuntimeError: the process died.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])  # imported once, and every point's process begins as a copy of that
+    context.set_forkserver_preload(_PRELOADED)
     here, there = context.Pipe(duplex=False)
     process = context.Process(target=_answer, args=(there, workload, method))
     process.start()
@@ -77,14 +81,15 @@ def measure_here(workload: Workload, method: str) -> dict[str, int]:
     if hasattr(libc, "mallopt"):  # glibc
         libc.mallopt(_MMAP_THRESHOLD, _KEPT)
     live = LiveTensors()
-    with live:
-        _step(workload, method)
+    with closing(_Step(workload, method)) as step, live:
+        step.run(live)
+    del step
     gc.collect()
     if hasattr(libc, "malloc_trim"):
         libc.malloc_trim(0)
     before, ledger = resident_bytes(), Ledger("cpu")
-    with ledger.phase("step"):
-        _step(workload, method)
+    with ledger.phase("step"), closing(_Step(workload, method)) as step:
+        step.run()
     found = {"peak_bytes": live.device.peak, "host_bytes": live.host.peak}
     most = ledger.phases["step"].host_bytes
     if before is not None and most is not None:
@@ -92,28 +97,80 @@ def measure_here(workload: Workload, method: str) -> dict[str, int]:
     return found
 
 
-class LiveTensors(TorchDispatchMode):
-    """Counts the bytes of all tensors that operators show while it is active.
+class _Step:
+    """A model with its inputs, ready to roll out and to differentiate the last steps."""
 
-    Attributes:
-        device: of torch's allocator: what a GPU would hold.
-        host: of mappings.
-    """
+    def __init__(self, workload: Workload, method: str) -> None:
+        self.workload, self.method = workload, method
+        torch.manual_seed(0)
+        with default_dtype(workload.dtype):
+            transformer = make_transformer(workload).eval()
+        self.conditioning = {n: torch.randn_like(value) for n, value in make_conditioning(workload, "cpu").items()}
+        self.noise, self.g = torch.randn(2, *latents_shape(workload))
+        self.sigmas = torch.linspace(1, 0, workload.steps + 1)
+        self.transformer: nn.Module = transformer
+        if method in ENGINE:
+            self.workload = engine_workload(workload, method)
+            plan = replace(workload.plan, keep_block_inputs=self.workload.keep_block_inputs, kernels="torch")
+            self.sink = _HostGradients(transformer, accumulation(workload.dtype))
+            self.transformer = _Watched(transformer, plan, device="cpu")
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.device, self.host = DeviceCounter(), DeviceCounter()
+    def close(self) -> None:
+        if isinstance(self.transformer, StreamedModel):
+            self.transformer.close()
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        self._hold([*tensors(args), *tensors(kwargs), *tensors(result)], func)
-        return result
+    def run(self, live: LiveTensors | None = None) -> None:
+        """Leave the gradients where the method leaves them: in the parameters, or in host memory."""
+        workload, sigmas, given = self.workload, self.sigmas, (self.conditioning, self.noise, self.sigmas)
+        first = workload.steps - workload.legs
+        if isinstance(self.transformer, _Watched):
+            self.transformer.live = live
+            with nullcontext() if live is None else live.on_host():
+                self._run_engine(self.transformer)
+        elif self.method == "leapalign_one_graph":
+            latents = rollout(self.transformer, *given).latents[-3:].clone()  # any pair costs the same
+            run_graph(self.method, self.transformer, self.conditioning, latents, sigmas[-3:], self.g)
+        else:
+            latents = self.noise
+            with torch.no_grad():
+                for i in range(first):
+                    v = velocity(self.transformer, latents, sigmas[i], self.conditioning)
+                    latents = latents + (sigmas[i + 1] - sigmas[i]) * v
+            run_graph(self.method, self.transformer, self.conditioning, latents[None], sigmas[first:], self.g)
 
-    def _hold(self, values: Iterable[Tensor], operator: Any) -> None:
-        for value in values:
-            mapped = not value.untyped_storage().resizable()
-            (self.host if mapped else self.device).hold([value], operator)
+    def _run_engine(self, model: StreamedModel) -> None:
+        workload = self.workload
+        steps = [list(range(workload.steps - workload.legs, workload.steps))] * workload.batch
+        keep = workload.keep_block_inputs
+        rolled = streamed_rollout(model, self.conditioning, self.noise, self.sigmas, steps, keep_block_inputs=keep)
+        surrogate = last_steps(rolled.trajectory, workload.legs)
+        streamed_vjps(model, self.conditioning, rolled, surrogate, self.g, mode=workload.mode, sink=self.sink)
+        rolled.drop()
+
+
+class _Watched(StreamedModel):
+    """A streamed model that tells its own memory, the device's, from the latents around it, which stay on the host."""
+
+    live: LiveTensors | None = None
+
+    def hoist(self, *arguments: Any, **options: Any) -> Any:
+        with self._device():
+            return super().hoist(*arguments, **options)
+
+    def evaluate(self, *arguments: Any, **options: Any) -> Any:
+        with self._device():
+            return super().evaluate(*arguments, **options)
+
+    def vjp(self, *arguments: Any, **options: Any) -> Any:
+        with self._device():
+            found = super().vjp(*arguments, **options)
+        if self.live is not None:  # held factors: without a GPU their copy to the host is the tensor itself
+            pairs = [pair for factors in self.sums.factors.values() for pair in factors]
+            self.live.to_host(tensor for pair in pairs for tensor in pair)
+        return found
+
+    def _device(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.live is None else self.live.on_device()
 
 
 class _HostGradients:
@@ -134,52 +191,3 @@ class _HostGradients:
                     whole[rows] = tile
             else:
                 whole.copy_(gradient)
-
-
-def _step(workload: Workload, method: str) -> None:
-    """Make the model, roll out, and take the gradient of the last steps."""
-    torch.manual_seed(0)
-    with default_dtype(workload.dtype):
-        transformer = make_transformer(workload).eval()
-    conditioning = {name: torch.randn_like(value) for name, value in make_conditioning(workload, "cpu").items()}
-    noise, g = torch.randn(2, *latents_shape(workload))
-    sigmas = torch.linspace(1, 0, workload.steps + 1)
-    if method in ENGINE:
-        _engine_step(engine_workload(workload, method), transformer, conditioning, noise, sigmas, g)
-    elif method == "leapalign_one_graph":
-        trajectory = rollout(transformer, conditioning, noise, sigmas)
-        # Whichever pair is drawn: the cost is the same.
-        run_graph(method, transformer, conditioning, trajectory.latents[-3:].clone(), sigmas[-3:], g)
-    else:
-        latents, first = noise, workload.steps - workload.legs
-        with torch.no_grad():
-            for i in range(first):
-                latents = latents + (sigmas[i + 1] - sigmas[i]) * velocity(
-                    transformer, latents, sigmas[i], conditioning
-                )
-        run_graph(method, transformer, conditioning, latents[None], sigmas[first:], g)
-
-
-def _engine_step(
-    workload: Workload, transformer: nn.Module, conditioning: Mapping[str, Tensor], noise: Tensor, sigmas: Tensor,
-    g: Tensor,
-) -> None:  # fmt: skip
-    sink = _HostGradients(transformer, accumulation(workload.dtype))
-    steps = [list(range(workload.steps - workload.legs, workload.steps))] * workload.batch
-    plan = MemoryPlan(
-        microbatch=workload.plan.microbatch,
-        resident=workload.plan.resident,
-        mode=workload.mode,
-        keep_block_inputs=workload.keep_block_inputs,
-        kernels="torch",
-    )
-    model = StreamedModel(transformer, plan, device="cpu")
-    try:
-        rolled = streamed_rollout(
-            model, conditioning, noise, sigmas, steps, keep_block_inputs=workload.keep_block_inputs
-        )
-        surrogate = last_steps(rolled.trajectory, workload.legs)
-        streamed_vjps(model, conditioning, rolled, surrogate, g, mode=workload.mode, sink=sink)
-        rolled.drop()
-    finally:
-        model.close()
