@@ -80,21 +80,25 @@ def measure_here(workload: Workload, method: str) -> dict[str, int]:
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):  # glibc
         libc.mallopt(_MMAP_THRESHOLD, _KEPT)
-    live = LiveTensors()
-    with closing(_Step(workload, method)) as step, live:
-        step.run(live)
-    del step
+    found = live_bytes(workload, method)
     gc.collect()
     if hasattr(libc, "malloc_trim"):
         libc.malloc_trim(0)
     before, ledger = resident_bytes(), Ledger("cpu")
     with ledger.phase("step"), closing(_Step(workload, method)) as step:
         step.run()
-    found = {"peak_bytes": live.device.peak, "host_bytes": live.host.peak}
     most = ledger.phases["step"].host_bytes
     if before is not None and most is not None:
         found["resident_bytes"] = most - before
     return found
+
+
+def live_bytes(workload: Workload, method: str) -> dict[str, int]:
+    """peak_bytes and host_bytes of `measure`, in this process."""
+    live = LiveTensors()
+    with closing(_Step(workload, method)) as step, live:
+        step.run(live)
+    return {"peak_bytes": live.device.peak, "host_bytes": live.host.peak}
 
 
 class _Step:
