@@ -121,8 +121,8 @@ def trajectory(axes: Axes, lengths: Sequence[int], point: Point, *, progress: Ca
     Returns:
         lengths; peak_bytes, host_bytes, ...: {method: a value for each length, None where it has none}; axes; growth.
     """
-    base, point = axes.batch[0], _once(point)
-    found = _curves([replace(base, legs=length) for length in lengths], point, progress)
+    base, point = axes.batch[0], _once(point, progress)
+    found = _curves([replace(base, legs=length) for length in lengths], point)
     result: dict[str, Any] = {"settings": _described(base), "included": _INCLUDED, "lengths": list(lengths), **found}
     peaks = found["peak_bytes"]
     growth: dict[str, Any] = {
@@ -138,7 +138,7 @@ def trajectory(axes: Axes, lengths: Sequence[int], point: Point, *, progress: Ca
         workloads: Sequence[Workload] = getattr(axes, name)
         if len(workloads) < 2:
             continue
-        along = _curves([replace(workload, legs=AXIS_LENGTH) for workload in workloads], point, progress)
+        along = _curves([replace(workload, legs=AXIS_LENGTH) for workload in workloads], point)
         at = [position(workload) for workload in workloads]
         values = at if name != "resolution" else [workload.resolution for workload in workloads]
         result["axes"][name] = {"values": values, f"{unit}s": at, "length": AXIS_LENGTH, **along}
@@ -146,27 +146,27 @@ def trajectory(axes: Axes, lengths: Sequence[int], point: Point, *, progress: Ca
     return {**result, "growth": growth}
 
 
-def _once(point: Point) -> Point:
-    """Every point is found once: the axes meet."""
+def _once(point: Point, progress: Callable[[str], None]) -> Point:
+    """Every point is found once, and told: the axes meet."""
     known: list[tuple[Workload, str, Mapping[str, float]]] = []
 
     def remembered(workload: Workload, method: str) -> Mapping[str, float]:
         for one, of, found in known:
             if (one, of) == (workload, method):
                 return found
-        known.append((workload, method, point(workload, method)))
-        return known[-1][2]
+        found = point(workload, method)
+        known.append((workload, method, found))
+        progress(f"{method}, {_spelled(workload)}: {found['peak_bytes'] / _MIB:.1f} MiB")
+        return found
 
     return remembered
 
 
-def _curves(workloads: Sequence[Workload], point: Point, progress: Callable[[str], None]) -> dict[str, Any]:
+def _curves(workloads: Sequence[Workload], point: Point) -> dict[str, Any]:
     found: dict[str, list[Mapping[str, float]]] = {method: [] for method in METHODS}
     for method in METHODS:
         for workload in workloads:
             values = point(workload, method) if exists(method, workload.legs) else {}
-            if values:
-                progress(f"{method}, {_spelled(workload)}: {values['peak_bytes'] / _MIB:.1f} MiB")
             found[method].append(values)
     names = {name for values in found.values() for value in values for name in value}
     return {

@@ -171,24 +171,46 @@ def tiny_workload(**settings):
     return Workload(**{"architecture": TINY, "batch": 1, "resolution": 64, "steps": 4, "text_tokens": 8, **settings})
 
 
-def test_counted_curves_and_axes():
+def test_counted_graphs_grow_in_a_line():
+    """From the second step on every step keeps what the one before kept; less where blocks have checkpoints."""
+    growth = []
+    for method in ("full_autograd", "full_checkpointed", "full_step_checkpointed"):
+        peaks = [count(tiny_workload(legs=legs), method)["peak_bytes"] for legs in (2, 3, 4)]
+        assert peaks[2] - peaks[1] == peaks[1] - peaks[0]
+        growth.append(peaks[2] - peaks[1])
+    assert growth[0] > 5 * growth[1] and growth[1] > 2 * growth[2] > 0
+
+
+def test_axes_and_growth_laws():
+    """Of a method whose memory is known: the laws give its coefficients, and points where axes meet are found once."""
+    asked = []
+
+    def point(workload, method):
+        asked.append((method, workload.legs, workload.batch, workload.resolution, trajectory._blocks(workload)))
+        tokens = (workload.resolution // 16) ** 2
+        return {"peak_bytes": 7 * workload.legs + 100 * workload.batch + 3 * tokens + 50 * trajectory._blocks(workload)}
+
     base = tiny_workload()
     axes = trajectory.Axes(
-        [base, tiny_workload(batch=3)], [base, tiny_workload(resolution=96)],
+        [base, tiny_workload(batch=3), tiny_workload(batch=4)],
+        [base, tiny_workload(resolution=96)],
         [base, tiny_workload(architecture={**TINY, "num_single_layers": 6})],
-    )  # fmt: skip
-    result = trajectory.trajectory(axes, [1, 2, 4], count, progress=lambda _: None)
-    assert result["lengths"] == [1, 2, 4]
-    assert list(result["peak_bytes"]) == list(METHODS)
-    laws = result["growth"]
-    steps = {method: law and law["slope"] for method, law in laws["bytes_per_step"].items()}
-    assert steps["full_autograd"] > 3 * steps["full_checkpointed"] > 0 and steps["leapalign_one_graph"] is None
-    assert {name: axis["values"] for name, axis in result["axes"].items()} == {
-        "batch": [1, 3], "resolution": [64, 96], "blocks": [4, 8]
-    }  # fmt: skip
-    for unit in ("image", "token", "block"):
-        assert laws[f"bytes_per_{unit}"]["full_autograd"]["slope"] > 0
-    assert laws["bytes_per_block"]["engine_paired"]["slope"] < laws["bytes_per_block"]["full_autograd"]["slope"] / 10
+    )
+    lines: list[str] = []
+    result = trajectory.trajectory(axes, [1, 2, 4], point, progress=lines.append)
+    assert len(asked) == len(set(asked)) == len(lines)
+    assert result["lengths"] == [1, 2, 4] and list(result["peak_bytes"]) == list(METHODS)
+    at = {name: axis["values"] for name, axis in result["axes"].items()}
+    assert at == {"batch": [1, 3, 4], "resolution": [64, 96], "blocks": [4, 8]}
+    slopes = {"step": 7, "image": 100, "token": 3, "block": 50}
+    for unit, slope in slopes.items():
+        laws = result["growth"][f"bytes_per_{unit}"]
+        assert laws["engine_held"]["slope"] == pytest.approx(slope)
+    assert result["growth"]["bytes_per_image"]["engine_held"]["r_squared"] == pytest.approx(1)
+    assert result["growth"]["bytes_per_step"]["leapalign_one_graph"] is None
+    assert result["peak_bytes"]["leapalign_one_graph"][::2] == [None, None]
+    assert result["growth"]["spread_over_lengths"]["engine_paired"] > 0
+    assert "MiB a token" in trajectory.table({"model": "tiny", "how": "counted", **result})
 
 
 @pytest.mark.parametrize(("method", "forwards"), [
@@ -225,7 +247,8 @@ def test_lines():
 def test_the_command_writes_what_it_prints(capsys, tmp_path, monkeypatch):
     """One point of each method measured in a process of its own."""
     monkeypatch.setattr(record, "RESULTS", tmp_path)
-    arguments = ["--trajectory", "2", "--model", "shapes", "--resolution", "32", "--steps", "2", "--json"]
+    arguments = ["--trajectory", "2", "--model", "shapes", "--resolution", "32", "--steps", "2"]
+    arguments += ["--resident", "none", "--json"]
     assert main(["memory", *arguments, "--output", "trajectory-tiny"]) == 0
     out, error = capsys.readouterr()
     printed, written = json.loads(out), json.loads((tmp_path / "trajectory-tiny.json").read_text())
