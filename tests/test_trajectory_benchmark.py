@@ -210,7 +210,7 @@ def test_axes_and_growth_laws():
     assert result["growth"]["bytes_per_step"]["leapalign_one_graph"] is None
     assert result["peak_bytes"]["leapalign_one_graph"][::2] == [None, None]
     assert result["growth"]["spread_over_lengths"]["engine_paired"] > 0
-    assert "MiB a token" in trajectory.table({"model": "tiny", "how": "counted", **result})
+    assert "MiB per token" in trajectory.table({"model": "tiny", "how": "counted", **result})
 
 
 @pytest.mark.parametrize(("method", "forwards"), [
