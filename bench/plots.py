@@ -61,5 +61,5 @@ def plot_trajectory(result: Mapping[str, Any]) -> Figure:
     axes.set_xticks(lengths, [str(at) for at in lengths])
     axes.minorticks_off()
     axes.set_title(f"{result['model']}, {result['how']}")
-    axes.legend(fontsize="small")
+    axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
