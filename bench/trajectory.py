@@ -194,7 +194,7 @@ def table(result: Mapping[str, Any]) -> str:
     for name, laws in result["growth"].items():
         if not name.startswith("bytes_per_"):
             continue
-        lines += ["", f"MiB a {name.removeprefix('bytes_per_')}"]
+        lines += ["", f"MiB per {name.removeprefix('bytes_per_')}"]
         for method, law in laws.items():
             if law is not None:
                 sure = "" if law["r_squared"] is None else f"   R² {law['r_squared']:.6f}"
