@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterable
 from importlib import import_module
 from typing import Any
 
@@ -11,7 +12,9 @@ COMMANDS = (
     "quality",
     "memory",
     "optimizers",
+    "optimizer-states",
     "curves",
+    "tracking",
     "bits",
     "kernels",
     "host-optimizer",
@@ -23,17 +26,21 @@ COMMANDS = (
 
 def main(arguments: list[str]) -> int:
     """Run the benchmark that the first argument names; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    commands = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
+    # Only what is run is loaded: diffusers alone takes seconds.
     chosen = [name for name in COMMANDS if name in arguments[:1]]
-    for name in chosen or COMMANDS:  # only what is run is loaded: diffusers alone takes seconds
-        module = _module(name)
-        command = commands.add_parser(name, help=module.SUMMARY, description=module.__doc__)
-        if name != "report":
-            module.add_arguments(command)
-    options, overrides = parser.parse_known_args(arguments)
+    options, overrides = parser(chosen or COMMANDS).parse_known_args(arguments)
     code: int = _module(options.what).run(options, overrides)
     return code
+
+
+def parser(names: Iterable[str] = COMMANDS) -> argparse.ArgumentParser:
+    """Of `python -m bench` with these commands."""
+    found = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    commands = found.add_subparsers(dest="what", required=True, metavar="WHAT")
+    for name in names:
+        module = _module(name)
+        module.add_arguments(commands.add_parser(name, help=module.SUMMARY, description=module.__doc__))
+    return found
 
 
 def _module(name: str) -> Any:

@@ -2,6 +2,8 @@
 
 No GPU and no memory is needed: `meta` plays the GPU, and every tensor on it is counted while it lives, as are all
 FLOPs. See bench/simulate.py for what runs, engine/counting.py for what is counted.
+
+With --trajectory: peak memory against the number of differentiated steps, beside plain autograd (bench/trajectory.py).
 """
 
 from __future__ import annotations
@@ -13,13 +15,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bench import record
+from bench import record, trajectory
 from bench.simulate import Simulated, Workload, simulate
 from leapalign.architectures import FLUX1_DEV, SD35_MEDIUM
 from leapalign.engine.plan import MemoryPlan
 from leapalign.engine.workload import Budget
 
-SUMMARY = "device memory and arithmetic of one step, simulated on the real model's shapes"
+SUMMARY = "device memory of one step on the real model's shapes, and against trajectory length"
 ARCHITECTURES: Mapping[str, Mapping[str, Any]] = {"flux1_dev": FLUX1_DEV, "sd35_medium": SD35_MEDIUM}
 _GIB = 2**30
 _LISTED = 12  # rows of what is alive at the peak
@@ -27,17 +29,26 @@ _LISTED = 12  # rows of what is alive at the peak
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `python -m bench memory`."""
-    parser.add_argument("--simulate", choices=ARCHITECTURES, required=True, help="whose shapes")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--simulate", choices=ARCHITECTURES, help="one step of the engine; whose shapes")
+    what.add_argument("--trajectory", metavar="LIST", help="numbers of differentiated steps, e.g. 1,2,3,5,10,25")
+    parser.add_argument(
+        "--model", choices=trajectory.MODELS, help="of --trajectory; shapes (the default) is measured, others counted"
+    )
     parser.add_argument("--model-config", type=Path, help="a FLUX transformer's config.json, instead of the named one")
-    parser.add_argument("--blocks", help="D,S: only so many double and single blocks")
-    parser.add_argument("--batch", type=int, default=8, help="images a step (default: %(default)s)")
-    parser.add_argument("--resolution", type=int, default=512, help="pixels a side (default: %(default)s)")
+    parser.add_argument(
+        "--blocks",
+        nargs="+",
+        help="D,S: only so many double and single blocks (N: for SD3); several are an axis of --trajectory",
+    )
+    parser.add_argument("--batch", help="images a step (default: 8; 1 for --trajectory, where a list is an axis)")
+    parser.add_argument("--resolution", help="pixels a side (default: 512; 128 for shapes); a list is an axis, too")
     parser.add_argument("--steps", type=int, default=25, help="of the rollout (default: %(default)s)")
     parser.add_argument(
         "--resident", default="none", help="weights kept on the device: all, none or a number of blocks"
     )
     parser.add_argument("--vram", help="let the planner choose what is resident, and more, for so much, e.g. 24GiB")
-    parser.add_argument("--mode", choices=("paired", "held"), default="paired", help="how the two legs share a step")
+    parser.add_argument("--mode", choices=("paired", "held"), help="how the two legs share a step (default: paired)")
     parser.add_argument("--recompute", action="store_true", help="the rollout keeps no block inputs")
     parser.add_argument("--microbatch", type=int, help="images in one block call (default: 1, or the planner's)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
@@ -46,9 +57,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, unknown: list[str]) -> int:
     """Simulate and print. Exit code 2 for wrong settings."""
+    if options.trajectory:
+        return trajectory.run(options, unknown, _command(options))
     try:
         if unknown:
             raise ValueError(f"unknown argument {unknown[0]}; see --help")
+        if options.model:
+            raise ValueError(f"model={options.model} is for --trajectory: leave it out with --simulate")
         workload = _workload(options)
     except (ValueError, OSError) as error:
         print(f"bench memory: error: {error}", file=sys.stderr)
@@ -86,24 +101,31 @@ def _workload(options: argparse.Namespace) -> Workload:
         architecture = _read_config(options.model_config, architecture)
     if options.blocks is not None:
         if "num_single_layers" not in architecture:
-            raise ValueError(f"blocks={options.blocks} is for FLUX; leave it out for {options.simulate}")
-        counts = options.blocks.split(",")
-        if len(counts) != 2 or not all(count.isdecimal() for count in counts):
-            raise ValueError(f"blocks={options.blocks}: give two numbers, e.g. 19,38")
+            raise ValueError(f"blocks={' '.join(options.blocks)} is for FLUX; leave it out for {options.simulate}")
+        counts = options.blocks[0].split(",")
+        if len(options.blocks) != 1 or len(counts) != 2 or not all(count.isdecimal() for count in counts):
+            raise ValueError(f"blocks={' '.join(options.blocks)}: give two numbers, e.g. 19,38")
         architecture |= {"num_layers": int(counts[0]), "num_single_layers": int(counts[1])}
     resident = int(options.resident) if options.resident.isdecimal() else options.resident
     workload = Workload(
         architecture=architecture,
-        batch=options.batch,
-        resolution=options.resolution,
+        batch=_one("batch", options.batch or "8"),
+        resolution=_one("resolution", options.resolution or "512"),
         steps=options.steps,
-        mode=options.mode,
+        mode=options.mode or "paired",
         keep_block_inputs=not options.recompute,
         plan=MemoryPlan(microbatch=1 if options.microbatch is None else options.microbatch, resident=resident),
     )
     if options.vram is None:
         return workload
     return workload.within(Budget(vram=options.vram), microbatch=options.microbatch)
+
+
+def _one(name: str, text: str) -> int:
+    found = trajectory.numbers(name, text)
+    if len(found) > 1:
+        raise ValueError(f"{name}={text}: --simulate takes one number; a list is an axis of --trajectory")
+    return found[0]
 
 
 def _read_config(path: Path, known: Mapping[str, Any]) -> dict[str, Any]:
@@ -169,5 +191,6 @@ def _command(options: argparse.Namespace) -> list[str]:
     for name, value in vars(options).items():
         if name in ("what", "output") or value is None or value is False:
             continue
-        command += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+        values = value if isinstance(value, list) else [] if value is True else [value]
+        command += [f"--{name.replace('_', '-')}", *map(str, values)]
     return command

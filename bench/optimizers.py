@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -21,13 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench import record
+from bench import optimizer_steps, record
+from bench.optimizer_steps import Settings, Step
 from bench.plots import draw_curves
 from leapalign.alignment import alignment_gradients
 from leapalign.config import load_config
 from leapalign.draws import draw_noise, draw_pairs, draw_prompts
-from leapalign.kernels.adamw8bit import Hyper, adamw, update
-from leapalign.kernels.quantize import BLOCK
 from leapalign.keys import AlignConfig
 from leapalign.pipeline import FlowPipeline, load_pipeline
 from leapalign.prompts import load_prompts
@@ -36,8 +35,6 @@ from leapalign.sampling import prompt_store
 from leapalign.surrogates import LeapAlign
 
 SUMMARY = "reward curves of 8-bit AdamW with stochastic rounding beside float32 and round-to-nearest"
-
-Step = Callable[[dict[str, Tensor], int], None]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -83,7 +80,8 @@ def curve(name: str, seed: int, options: argparse.Namespace) -> list[float]:
     with torch.no_grad():
         for parameter in pipeline.transformer.parameters():
             parameter.copy_(parameter.bfloat16())
-    step = OPTIMIZERS[name](dict(pipeline.transformer.named_parameters()), options.learning_rate, config)
+    parameters = dict(pipeline.transformer.named_parameters())
+    step = OPTIMIZERS[name](parameters, _settings(options.learning_rate, config))
     rewards = []
     for number in range(options.steps + 1):
         found, grads = _gradients(pipeline, embeds, reward, config, number)
@@ -112,53 +110,17 @@ def _gradients(
     return float(result.rewards.mean()), result.grads
 
 
-def _float32(parameters: dict[str, Tensor], lr: float, config: AlignConfig) -> Step:
-    moments = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in parameters.items()}
-
-    @torch.no_grad()
-    def step(grads: dict[str, Tensor], number: int) -> None:
-        for name, parameter in parameters.items():
-            w, *moments[name] = adamw(parameter, grads[name], *moments[name], _hyper(lr, config, number))  # type: ignore[assignment]
-            parameter.copy_(w)
-
-    return step
+OPTIMIZERS: Mapping[str, Callable[[Mapping[str, Tensor], Settings], Step]] = {
+    "float32": optimizer_steps.float32,
+    "8-bit, stochastic": optimizer_steps.eight_bit,
+    "nearest": optimizer_steps.nearest,
+}
 
 
-def _nearest(parameters: dict[str, Tensor], lr: float, config: AlignConfig) -> Step:
-    exact = _float32(parameters, lr, config)
-
-    @torch.no_grad()
-    def step(grads: dict[str, Tensor], number: int) -> None:
-        exact(grads, number)
-        for parameter in parameters.values():
-            parameter.copy_(parameter.bfloat16())
-
-    return step
-
-
-def _eight_bit(parameters: dict[str, Tensor], lr: float, config: AlignConfig) -> Step:
-    states = {}
-    for name, parameter in parameters.items():
-        blocks = -(-parameter.numel() // BLOCK)
-        codes = [torch.zeros(parameter.numel(), dtype=torch.uint8) for _ in range(2)]
-        states[name] = (codes[0], torch.zeros(blocks), codes[1], torch.zeros(blocks))
-
-    @torch.no_grad()
-    def step(grads: dict[str, Tensor], number: int) -> None:
-        for index, (name, parameter) in enumerate(parameters.items()):
-            weights = parameter.bfloat16().view(-1)
-            hyper = _hyper(lr, config, number)
-            update(weights, grads[name].view(-1), *states[name], hyper, seed=config.seed, parameter=index)
-            parameter.copy_(weights.view(parameter.shape))
-
-    return step
-
-
-OPTIMIZERS = {"float32": _float32, "8-bit, stochastic": _eight_bit, "nearest": _nearest}
-
-
-def _hyper(lr: float, config: AlignConfig, step: int) -> Hyper:
-    return Hyper(lr, config.adam_beta1, config.adam_beta2, config.adam_epsilon, config.adam_weight_decay, step)
+def _settings(lr: float, config: AlignConfig) -> Settings:
+    return Settings(
+        lr, config.adam_beta1, config.adam_beta2, config.adam_epsilon, config.adam_weight_decay, config.seed
+    )
 
 
 def summarise(curves: dict[str, list[list[float]]]) -> dict[str, Any]:

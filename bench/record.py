@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from bench import sources
+
 RESULTS = Path(__file__).parent / "results"
 _PACKAGES = ("leapalign", "torch", "triton", "diffusers", "transformers", "safetensors", "numpy")
 
@@ -41,13 +43,14 @@ def versions() -> dict[str, str]:
 
 
 def write(name: str, command: list[str], results: dict[str, Any]) -> Path:
-    """Write bench/results/<name>.json: `results` after date, command (what follows `bench`), machine and versions."""
+    """Write bench/results/<name>.json: date, command (what follows `bench`), machine, versions, sources, `results`."""
     RESULTS.mkdir(exist_ok=True)
     head = {
         "date": datetime.now(UTC).date().isoformat(),
         "command": shlex.join(["python", "-m", "bench", *command]),
         "machine": machine(),
         "versions": versions(),
+        "sources": sources.digests(command[0]),
     }
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps({**head, **results}, indent=1) + "\n")

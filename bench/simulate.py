@@ -43,10 +43,12 @@ class Workload:
         batch: images, all of them with a gradient.
         resolution: pixels a side.
         steps: of the rollout, at least 2.
-        mode: how the two legs share a step (leapalign.streamed).
-        keep_block_inputs: the rollout keeps the block inputs of the two legs; else they are computed again.
+        mode: how the legs share a step (leapalign.streamed).
+        keep_block_inputs: the rollout keeps the block inputs of the legs; else they are computed again.
         plan: the engine's; mode and keep_block_inputs are this workload's.
         text_tokens: of the prompt; 512 is FLUX's.
+        legs: differentiated evaluations, each nested in the next; at most `steps`.
+        patch: pixels of a token's side.
         dtype: of the weights.
     """
 
@@ -58,14 +60,18 @@ class Workload:
     keep_block_inputs: bool = True
     plan: MemoryPlan = field(default_factory=MemoryPlan)
     text_tokens: int = 512
+    legs: int = 2
+    patch: int = PATCH
     dtype: torch.dtype = torch.bfloat16
 
     def __post_init__(self) -> None:
-        for name, least in (("batch", 1), ("steps", 2), ("text_tokens", 1)):
+        for name, least in (("batch", 1), ("steps", 2), ("legs", 1), ("text_tokens", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
-        if self.resolution < PATCH or self.resolution % PATCH:
-            raise ValueError(f"resolution={self.resolution} must be a multiple of {PATCH} pixels")
+        if self.legs > self.steps:
+            raise ValueError(f"legs={self.legs} of a rollout of steps={self.steps}: give at most as many legs as steps")
+        if self.resolution < self.patch or self.resolution % self.patch:
+            raise ValueError(f"resolution={self.resolution} must be a multiple of {self.patch} pixels")
 
     def planned(self) -> MemoryPlan:
         """The plan with the planner's predictions."""
@@ -87,7 +93,9 @@ class Workload:
             batch=self.batch,
             resolution=self.resolution,
             text_tokens=self.text_tokens,
+            patch=self.patch,
             num_inference_steps=self.steps,
+            legs=self.legs,
             microbatch=microbatch,
             mode=self.mode,
             dtype=self.dtype,
@@ -125,14 +133,14 @@ def simulate(workload: Workload) -> Simulated:
     with machine, gpu_operators():
         forward_flops = _plain_forward(workload, machine)
         with default_dtype(workload.dtype):
-            transformer = _transformer(workload)
+            transformer = make_transformer(workload)
         parameters = sum(parameter.numel() for parameter in transformer.parameters())
         counter = DeviceCounter()
         # Not observed: its templates' parameters, placeholders on meta that no operator ever sees.
         plan = workload.plan
         backbone = backbone_of(transformer, hoist=plan.hoist, device=torch.device("meta"), kernels=plan.kernels)
-        conditioning = _conditioning(workload, "cpu")
-        noise, sigmas = torch.empty(_shape(workload)), torch.empty(workload.steps + 1)
+        conditioning = make_conditioning(workload, "cpu")
+        noise, sigmas = torch.empty(latents_shape(workload)), torch.empty(workload.steps + 1)
         steps = _steps(workload)
         sink = GradientDictionary()
         with machine.observed(counter.observe):
@@ -187,18 +195,19 @@ class _PhasedModel(StreamedModel):
 def _plain_forward(workload: Workload, machine: HostAndDevice) -> int:
     """FLOPs of the transformer called once with one image."""
     with default_dtype(workload.dtype), torch.device("meta"):
-        transformer = _transformer(workload).eval()
+        transformer = make_transformer(workload).eval()
     counter = DeviceCounter()
     with machine.observed(counter.observe), torch.no_grad():
         transformer(
-            hidden_states=torch.empty(1, *_shape(workload)[1:], dtype=workload.dtype, device="meta"),
+            hidden_states=torch.empty(1, *latents_shape(workload)[1:], dtype=workload.dtype, device="meta"),
             timestep=torch.empty(1, device="meta"),
-            **{name: v[:1] if name[-4:] != "_ids" else v for name, v in _conditioning(workload, "meta").items()},
+            **{name: v[:1] if name[-4:] != "_ids" else v for name, v in make_conditioning(workload, "meta").items()},
         )
     return counter.flops
 
 
-def _transformer(workload: Workload) -> nn.Module:
+def make_transformer(workload: Workload) -> nn.Module:
+    """The diffusers model of the workload's architecture, in the default dtype."""
     kind = getattr(diffusers, workload.architecture.get("_class_name", "FluxTransformer2DModel"))
     module: nn.Module = kind(**{name: value for name, value in workload.architecture.items() if name[0] != "_"})
     return module
@@ -208,15 +217,17 @@ def _is_flux(workload: Workload) -> bool:
     return bool(workload.architecture.get("_class_name", "FluxTransformer2DModel") == "FluxTransformer2DModel")
 
 
-def _shape(workload: Workload) -> tuple[int, ...]:
-    tokens, channels = workload.resolution // PATCH, workload.architecture["in_channels"]
+def latents_shape(workload: Workload) -> tuple[int, ...]:
+    """(batch, ...) of the latents: packed for FLUX, pictures for SD3."""
+    tokens, channels = workload.resolution // workload.patch, workload.architecture["in_channels"]
     if _is_flux(workload):
         return workload.batch, tokens**2, channels
     side = tokens * workload.architecture["patch_size"]
     return workload.batch, channels, side, side
 
 
-def _conditioning(workload: Workload, device: str) -> dict[str, Tensor]:
+def make_conditioning(workload: Workload, device: str) -> dict[str, Tensor]:
+    """The transformer's other inputs, with nothing in them."""
     batch = workload.batch
 
     def empty(*shape: int) -> Tensor:
@@ -229,22 +240,23 @@ def _conditioning(workload: Workload, device: str) -> dict[str, Tensor]:
     if not _is_flux(workload):
         return conditioning
     conditioning["txt_ids"] = empty(workload.text_tokens, 3)
-    conditioning["img_ids"] = empty(_shape(workload)[1], 3)
+    conditioning["img_ids"] = empty(latents_shape(workload)[1], 3)
     if workload.architecture.get("guidance_embeds"):
         conditioning["guidance"] = torch.empty(batch, device=device)
     return conditioning
 
 
 def _steps(workload: Workload) -> list[list[int]]:
-    """Two different steps a sample, the earlier first."""
+    """Different steps a sample, one a leg, in rising order."""
     draw = random.Random(0)
-    return [sorted(draw.sample(range(workload.steps), 2)) for _ in range(workload.batch)]
+    return [sorted(draw.sample(range(workload.steps), workload.legs)) for _ in range(workload.batch)]
 
 
 def _surrogate(workload: Workload) -> Surrogate:
-    """LeapAlign's two nested legs; what the numbers are does not matter here, only that there is a discount."""
-    legs = tuple(Leg(torch.empty(workload.batch, dtype=torch.int64), torch.empty(workload.batch)) for _ in range(2))
-    scores = [torch.empty(workload.batch) for _ in range(3)]
+    """Nested legs, two for LeapAlign; what the numbers are does not matter here, only that there is a discount."""
+    batch = workload.batch
+    legs = tuple(Leg(torch.empty(batch, dtype=torch.int64), torch.empty(batch)) for _ in range(workload.legs))
+    scores = [torch.empty(batch) for _ in range(3)]
     return Surrogate(legs, 0.3, *scores)
 
 

@@ -20,7 +20,7 @@ from leapalign.engine.streamed import STAGING_SLOTS
 from leapalign.engine.weights import SCRATCH_BYTES
 
 HOST_BASE = 2**30  # Python, torch and the CUDA context's share of host memory
-UPDATE_BYTES = 96 * 2**20  # temporaries of an update on the device: 2^20 elements in pieces, and a tile of factors
+UPDATE_BYTES = 96 * 2**20  # temporaries of an update on the device, or of a norm: 2^20 elements in pieces, in torch
 TRANSFORMERS = ("resident weights", "weight slots", "gradient buffer", "staging")  # may leave the device for the reward
 
 
@@ -159,7 +159,7 @@ class Footprint:
             embedders = costs.condition_backward(min(ROWS, of.batch)).device_bytes
             peak = max(peak, linears, embedders)
         if params and deliver and of.updates_on_device:
-            peak = max(peak, self._update_temporaries)
+            peak = max(peak, UPDATE_BYTES)
         states = min(states, peak)
         return {
             "constants": self._constants(legs),
@@ -172,14 +172,9 @@ class Footprint:
         call = self._of.costs.constants()
         return (evaluations - 1) * call.kept_bytes + call.device_bytes if evaluations > 1 else call.kept_bytes
 
-    @property
-    def _update_temporaries(self) -> int:
-        """The double precision squares of the largest gradient, or the update itself."""
-        return max(2 * 8 * self._of.costs.largest_parameter, UPDATE_BYTES)
-
     def update(self) -> dict[str, int]:
         """Of gradients that waited on the host."""
-        activations = self._update_temporaries if self._of.updates_on_device else 0
+        activations = UPDATE_BYTES if self._of.updates_on_device else 0
         gone = {"activated embeddings": 0, "modulation vectors": 0, "kept block inputs": 0}
         return self.fixed | gone | {"activations": activations}
 

@@ -13,7 +13,6 @@ from leapalign.engine.modulation import OuterProduct
 from leapalign.engine.store import BlockStore
 from leapalign.engine.streamer import Buffer, Streamer
 from leapalign.engine.weights import Weights
-from leapalign.kernels.host_pool import Handle
 
 
 class Sink(Protocol):
@@ -25,16 +24,13 @@ class Sink(Protocol):
 
     on_host: bool
 
-    def __call__(self, unit: str, gradients: Mapping[str, Tensor | OuterProduct], /) -> Sequence[Handle] | None:
+    def __call__(self, unit: str, gradients: Mapping[str, Tensor | OuterProduct], /) -> None:
         """
         Args:
             unit: the unit's name in the store.
-            gradients: {full parameter name: gradient}, float32, or float64 for float64 weights; valid during the call,
-                and on the host until the handles returned are done. A hoisted modulation linear's weight comes as
-                factors, which are valid during the call only.
-
-        Returns:
-            Handles of what still reads the gradients, if anything does.
+            gradients: {full parameter name: gradient}, float32, or float64 for float64 weights; valid only during the
+                call, or as long as work is handed over with `Gradients.delivered`. A hoisted modulation linear's weight
+                comes as factors.
         """
         ...
 
@@ -124,12 +120,17 @@ class Gradients:
         target = host.tensor[: flat.numel() * self.dtype.itemsize].view(self.dtype)
         self._streamer.store(host, buffer, [(target, flat)])
 
-        def call_sink() -> Sequence[Handle] | None:
+        def call_sink() -> None:
+            self._streamer.settle(host)
             views = layout.views(target)
-            return sink(unit, {name: views[name] for name in names})
+            sink(unit, {name: views[name] for name in names})
 
-        # When the next unit has been launched: the sink works while that one computes.
-        self._pending = lambda: self._streamer.hand_over(call_sink, host)
+        self._pending = call_sink  # when the next unit has been launched: the sink works while that one computes
+
+    @property
+    def delivered(self) -> Sequence[Buffer]:
+        """What holds the gradients of a sink on the host: work that is handed over with it finds them unchanged."""
+        return [] if self._host is None else [self._host]
 
     def flush(self) -> None:
         """Hand over what is still on its way to a sink on the host."""

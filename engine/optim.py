@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,7 +13,6 @@ from torch import Tensor
 from leapalign.engine.autograd import GRAD, adopt_grads
 from leapalign.engine.modulation import OuterProduct
 from leapalign.engine.update import Gradient, Group, Kernels, Updater
-from leapalign.kernels.host_pool import Handle
 
 if TYPE_CHECKING:
     from leapalign.engine.streamed import StreamedModel
@@ -295,13 +294,11 @@ class AdamW8bit(torch.optim.Optimizer):
             found |= {self._names[parameter]: settings for parameter in group["params"]}
         return found
 
-    def _update(
-        self, unit: str, gradients: Mapping[str, Gradient], wanted: Mapping[str, Group], norm: float
-    ) -> Sequence[Handle]:
+    def _update(self, unit: str, gradients: Mapping[str, Gradient], wanted: Mapping[str, Group], norm: float) -> None:
         limit = math.inf if self.clip == "none" else self.max_grad_norm
         scale = 1.0 if norm <= limit else limit / norm
         chosen = {name: gradient for name, gradient in gradients.items() if name in wanted}
-        return self._updater.update(
+        self._updater.update(
             unit, chosen, wanted, step=self.steps, scale=scale, seed=self.seed, ema_decay=self.ema_decay
         )
 
@@ -322,17 +319,17 @@ class InBackward:
         self._optimizer, self._groups = optimizer, groups
 
     @torch.no_grad()
-    def __call__(self, unit: str, gradients: Mapping[str, Tensor | OuterProduct]) -> Sequence[Handle] | None:
+    def __call__(self, unit: str, gradients: Mapping[str, Tensor | OuterProduct]) -> None:
         if self.broken is not None:
-            return None
+            return
         wanted = (gradient for name, gradient in gradients.items() if name in self._groups)
         squares = self._optimizer._updater.square_sum(wanted)
         if not math.isfinite(squares):
             self.broken = unit
-            return None
+            return
         self.squares += squares
         self.updated.append(unit)
-        return self._optimizer._update(unit, gradients, self._groups, math.sqrt(squares))
+        self._optimizer._update(unit, gradients, self._groups, math.sqrt(squares))
 
 
 def _check(

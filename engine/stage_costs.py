@@ -72,7 +72,6 @@ class StageCosts:
         condition_unit: of the embedders behind temb; None where there are none.
         units: all, by name.
         width: D of temb.
-        largest_parameter: elements.
         buffer_bytes: of the model's buffers, which stay on the device.
     """
 
@@ -91,7 +90,6 @@ class StageCosts:
         self.units = {unit.name: unit for unit in units}
         self.trainable = {name for name, parameter in backbone.module.named_parameters() if parameter.requires_grad}
         self.buffer_bytes = sum(rounded(each.numel() * each.element_size()) for each in backbone.module.buffers())
-        self.largest_parameter = max(prod(shape) for unit in units for shape in unit.shapes.values())
         self._known: dict[Any, Call] = {}
         self._recall = Recall()
         self._constants: dict[int, Any] = {}  # by rows

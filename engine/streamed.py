@@ -327,6 +327,11 @@ class StreamedModel(Wrapper):
         """The slots through which units are streamed."""
         return self._parts.weights
 
+    @property
+    def gradients(self) -> Gradients:
+        """The sums of weight gradients, and what delivers them."""
+        return self._parts.gradients
+
     def weights_changed(self, unit: str) -> None:
         """The unit's weights on the host are new, by a write that torch did not count."""
         torch.autograd.graph.increment_version(self._parameters_of_unit[unit])

@@ -190,20 +190,18 @@ class Streamer:
         """Block the calling thread until no queue is at work in the buffers: before the host reads or writes them."""
         self._touch("host", buffers)
 
-    def hand_over(self, work: Callable[[], Sequence[Handle] | None], *buffers: Buffer) -> None:
-        """Settle the buffers and do `work`, which may leave some to the host kernels' threads.
+    def hand_over(self, work: Callable[[], Sequence[Handle]], *buffers: Buffer) -> None:
+        """Settle the buffers and do `work`, which leaves them to the host kernels' threads.
 
         Args:
-            work: returns handles of what is still at work in the buffers; every queue waits for them before it touches
-                one of these.
+            work: returns handles of what is at work in the buffers then; every queue waits for all of them before it
+                touches one of these.
         """
         self.settle(*buffers)
-        handles = work()
-        if handles:
-            queue = self._queues["host"]
-            assert isinstance(queue, HostThreads)
-            queue.handed_over = handles
-            self._record("host", buffers)
+        queue = self._queues["host"]
+        assert isinstance(queue, HostThreads)
+        queue.handed_over = work()
+        self._record("host", buffers)
 
     def drain(self) -> None:
         """Block the calling thread until all copies issued so far are done, and what was handed over."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -109,15 +109,13 @@ class Updater:
     def update(
         self, unit: str, gradients: Mapping[str, Gradient], groups: Mapping[str, Group], *, step: int, scale: float,
         seed: int, ema_decay: float | None,
-    ) -> Sequence[Handle]:  # fmt: skip
+    ) -> None:  # fmt: skip
         """One AdamW step of the unit's parameters that have a gradient.
 
         Args:
-            gradients: {full name: gradient}, on the device or on the host, all finite.
+            gradients: {full name: gradient}, on the device or on the host, all finite. On the host they are read until
+                `finish`: copies, the model's sums, or what its `Gradients` deliver.
             scale: factor on all gradients, from clipping.
-
-        Returns:
-            On the host, handles of what still reads the gradients and changes weights and states.
         """
         options = {
             name: {
@@ -129,15 +127,15 @@ class Updater:
             }
             for name, group in ((name, groups[name]) for name in gradients)
         }
-        handles: list[Handle] = []
         if self._placement == "host":
 
-            def hand_over() -> list[Handle]:
-                handles.extend(self._start(unit, name, gradients[name], options[name]) for name in gradients)
+            def work() -> list[Handle]:
+                handles = [self._start(unit, name, gradients[name], options[name]) for name in gradients]
+                self._handed_over += handles
                 return handles
 
-            self._model.streamer.hand_over(hand_over, self._model.weights.region(unit))
-            self._handed_over += handles
+            buffers = self._model.weights.region(unit), *self._model.gradients.delivered
+            self._model.streamer.hand_over(work, *buffers)
         else:
             for name, gradient in gradients.items():
                 start = self._store.units[unit].offsets[name]
@@ -146,7 +144,6 @@ class Updater:
                 for first, stop in self._pieces(gradient):
                     self._update(gradient, first, stop, self._memory(unit, start + first, start + stop), options[name])
         self._model.weights_changed(unit)
-        return handles
 
     def finish(self) -> None:
         """Wait until weights and states are in host memory, for whoever reads them there."""

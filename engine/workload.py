@@ -171,9 +171,15 @@ class Machine:
             if value == 0 and each.name not in ("seconds_per_call", "device_base_bytes"):
                 raise ValueError(f"{each.name}=0 must be above 0")
 
+    def defaults(self) -> list[str]:
+        """Names of those that are as by default, and so perhaps another machine's."""
+        return [each.name for each in fields(self) if getattr(self, each.name) == each.default]
+
     @classmethod
     def read(cls, path: Path | str) -> Machine:
-        """From a JSON file with some or all of the fields.
+        """From a JSON file with some or all of the fields; or with such an object as "machine", beside anything else.
+
+        `leapalign doctor --output` writes the latter.
 
         Raises:
             ValueError: not such a file.
@@ -182,6 +188,8 @@ class Machine:
             values = json.loads(Path(path).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise ValueError(f"machine={path} is no JSON file: {error}") from None
+        if isinstance(values, dict) and "machine" in values:
+            values = values["machine"]
         known = {each.name for each in fields(cls)}
         if not isinstance(values, dict) or values.keys() - known:
             raise ValueError(f"machine={path}: give an object with some of {', '.join(sorted(known))}")

@@ -8,8 +8,8 @@ sleep in between, so that torch's own threads have the cores. What returns a `Ha
 value does. A child process of a fork has threads of its own; what was handed over before is its parent's.
 
 AVX-512, AVX2 and plain C++ give the same bits, for any number of threads. The best that the processor has is chosen;
-the environment variable LEAPALIGN_ISA (avx512, avx2 or scalar), or `instruction_set`, takes another. Subnormal numbers
-are kept, whatever torch.set_flush_denormal says.
+the environment variable LEAPALIGN_ISA (avx512, avx512bw without VBMI, avx2 or scalar), or `instruction_set`, takes
+another. Subnormal numbers are kept there, whatever torch.set_flush_denormal says.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def instruction_sets() -> list[str]:
 
 @contextmanager
 def instruction_set(name: str) -> Iterator[None]:
-    """Host kernels that are called inside take this one: "scalar", "avx2" or "avx512". The bits are the same.
+    """Host kernels that are called inside take this one: "scalar", "avx2", "avx512bw" or "avx512", with the same bits.
 
     Raises:
         ValueError: the build or the processor does not have it.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -41,6 +42,17 @@ class Finished:
 
 _unfinished: deque[Handle] = deque()  # in the order of the jobs, which they end in
 _lock = threading.Lock()
+
+
+def _forget() -> None:
+    """In a child of a fork: its parent's work never ends there, and the parent may have held the lock."""
+    global _lock
+    _lock = threading.Lock()
+    _unfinished.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)
 
 
 class Handle:

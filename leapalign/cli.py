@@ -1,4 +1,4 @@
-"""The command `leapalign`: align, plan, sample, evaluate, embed.
+"""The command `leapalign`: align, plan, sample, evaluate, embed, doctor.
 
 Arguments, files and the output folder are checked before torch is loaded, so that a mistake is answered at once.
 Exit codes: 0 done; 2 a mistake in settings or input, told in one line; 3 interrupted, can be resumed; 1 anything else.
@@ -28,6 +28,7 @@ from leapalign.keys import SECTIONS, kind
 from leapalign.prompts import load_prompts
 
 DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 3
+MOST_SECONDS = 60  # of a measurement of `doctor`: beyond, nothing is more certain
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -78,6 +79,8 @@ def _run(words: list[str]) -> int:
         raise UsageError(
             f"unknown command '{command}'; the nearest is '{nearest(command, _COMMANDS)}' ({', '.join(_COMMANDS)})"
         )
+    if not _COMMANDS[command].takes_config:
+        return _COMMANDS[command].run(parser.parse_args([command, *rest]))
     others, overrides = split_overrides(rest, reserved=["help", *_COMMANDS[command].options])
     options = parser.parse_args([command, *others])
     if options.config is None:
@@ -162,13 +165,35 @@ def _embed(_: argparse.Namespace, config: AlignConfig) -> int:
     return DONE
 
 
+def _doctor(options: argparse.Namespace) -> int:
+    seconds, output = options.seconds, options.output and Path(options.output)
+    if not 0 < seconds <= MOST_SECONDS:  # nan is neither
+        raise UsageError(f"--seconds {seconds}: give more than 0 and at most {MOST_SECONDS}")
+    if output and (output.suffix != ".json" or not output.parent.is_dir()):
+        raise UsageError(f"--output '{output}': give a file NAME.json in a folder that exists")
+    _quiet()
+    print("leapalign: measuring this machine and planning every preset for it", file=sys.stderr)
+    from leapalign.doctor import doctor_command
+
+    result = doctor_command(seconds)
+    table, text = result.pop("table"), json.dumps(result, indent=2)
+    if output:
+        output.write_text(text + "\n", encoding="utf-8")
+    print(text if options.json else table)
+    return DONE
+
+
 @dataclass(frozen=True)
 class _Command:
-    """A command: its function, what it does, and its own options; every other option is a key of the config."""
+    """A command: its function, what it does, and its own options.
 
-    run: Callable[[argparse.Namespace, AlignConfig], int]
+    With a config every other option is one of the config's keys, and the function is given both.
+    """
+
+    run: Callable[..., int]
     text: str
     options: dict[str, dict[str, Any]] = field(default_factory=dict)
+    takes_config: bool = True
 
 
 _TRANSFORMER: dict[str, Any] = {
@@ -182,7 +207,11 @@ _COMMANDS = {
         "say what a run would hold, move and take, phase by phase, within --vram and --ram (default: no limit), "
         "from the shapes of its models alone",
         {
-            "machine": {"metavar": "FILE", "help": "JSON with flops_per_s, h2d_bytes_per_s and so on"},
+            "machine": {
+                "metavar": "FILE",
+                "help": "rates of the machine: what `leapalign doctor --output FILE` wrote, or JSON with flops_per_s, "
+                "h2d_bytes_per_s and so on (default: an RTX 4090 on PCIe 4.0 x16)",
+            },
             "json": {"action": "store_true", "help": "print JSON instead of a table"},
         },
     ),
@@ -218,6 +247,21 @@ _COMMANDS = {
         },
     ),
     "embed": _Command(_embed, "compute and cache the prompt embeddings of a config, nothing else"),
+    "doctor": _Command(
+        _doctor,
+        "measure this machine, say which presets fit and what will hurt",
+        {
+            "json": {"action": "store_true", "help": "print JSON instead of a table"},
+            "output": {"metavar": "FILE", "help": "write the JSON there, too: `leapalign plan --machine` reads it"},
+            "seconds": {
+                "metavar": "S",
+                "type": float,
+                "default": 0.5,
+                "help": "of each measurement (default: %(default)s)",
+            },
+        },
+        takes_config=False,
+    ),
 }
 
 
@@ -246,11 +290,14 @@ def _parser() -> argparse.ArgumentParser:
             name,
             help=command.text,
             description=f"{command.text[0].upper()}{command.text[1:]}.",
-            usage=f"leapalign {name} CONFIG [--key value ...]",
-            epilog=None if name == "align" else "Every key that `leapalign align --help` lists can be given here too.",
+            usage=f"leapalign {name} CONFIG [--key value ...]" if command.takes_config else None,
+            epilog="Every key that `leapalign align --help` lists can be given here too."
+            if command.takes_config and name != "align"
+            else None,
             allow_abbrev=False,
         )
-        sub.add_argument("config", metavar="CONFIG", nargs="?", help="a preset's name or a YAML file")
+        if command.takes_config:
+            sub.add_argument("config", metavar="CONFIG", nargs="?", help="a preset's name or a YAML file")
         for option, details in command.options.items():
             sub.add_argument(f"--{option}", **details)
         if name == "align":

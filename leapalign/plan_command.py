@@ -47,7 +47,13 @@ def plan_command(config: AlignConfig, machine: Machine | None = None) -> dict[st
         "weight_dtype": str(workload.dtype).removeprefix("torch."),
         **budgets,
     }
-    return {"settings": settings, **plan.as_dict(), "machine": vars(machine), "table": table(plan, settings)}
+    return {
+        "settings": settings,
+        **plan.as_dict(),
+        "machine": vars(machine),
+        "default_rates": machine.defaults(),
+        "table": f"{table(plan, settings)}\n\n{_rates(machine)}",
+    }
 
 
 def table(plan: MemoryPlan, settings: Mapping[str, Any]) -> str:
@@ -72,6 +78,18 @@ def table(plan: MemoryPlan, settings: Mapping[str, Any]) -> str:
         parts = {k.partition(": ")[2]: v for k, v in fullest.breakdown.items() if k.startswith(place)}
         lines += [f"  {count / GIB:8.2f}  {what}" for what, count in sorted(parts.items(), key=lambda part: -part[1])]
     return "\n".join(lines)
+
+
+def _rates(machine: Machine) -> str:
+    """What the seconds are predicted with."""
+    default = machine.defaults()
+    if len(default) == len(vars(machine)):
+        return (
+            "seconds: for an RTX 4090 on PCIe 4.0 x16; for your machine: leapalign doctor --output machine.json, "
+            "then --machine machine.json"
+        )
+    given = [name for name in vars(machine) if name not in default]
+    return f"seconds: with the given {', '.join(given)}" + (f"; by default {', '.join(default)}" if default else "")
 
 
 def _decisions(plan: MemoryPlan) -> dict[str, Any]:

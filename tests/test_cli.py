@@ -220,7 +220,7 @@ def test_a_mistake_in_a_process_of_its_own(words, line, expected, pytestconfig):
 def test_help_lists_commands_and_presets(capsys):
     assert main(["--help"]) == DONE
     text = capsys.readouterr().out
-    for word in ("align", "plan", "sample", "evaluate", "embed", "flux1_dev", "shapes"):
+    for word in ("align", "plan", "sample", "evaluate", "embed", "doctor", "flux1_dev", "shapes"):
         assert word in text
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -34,29 +34,27 @@ class Collected:
         self.on_host = on_host
         self.grads: dict[str, Tensor] = {}
 
-    def __call__(self, unit: str, gradients: Mapping[str, Tensor | OuterProduct]) -> Sequence[Handle] | None:
+    def __call__(self, unit: str, gradients: Mapping[str, Tensor | OuterProduct]) -> None:
         for name, gradient in gradients.items():
             assert name not in self.grads, f"{name} was delivered twice"
             self.grads[name] = gradient.expand() if isinstance(gradient, OuterProduct) else gradient.clone()
             assert self.grads[name].dtype in (torch.float32, torch.float64)
-        return None
 
 
 class Late(Collected):
-    """The same, read in another thread a while after the call."""
+    """The same, but dense gradients are read in another thread, a while after the call."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: StreamedModel) -> None:
         super().__init__(on_host=True)
-        self._thread = ThreadPoolExecutor(1)
+        self._model, self._thread = model, ThreadPoolExecutor(1)
 
-    def __call__(self, unit: str, gradients: Mapping[str, Tensor | OuterProduct]) -> Sequence[Handle]:
-        gradients = {
-            name: OuterProduct(gradient.left.clone(), gradient.right.clone())
-            if isinstance(gradient, OuterProduct)
-            else gradient
-            for name, gradient in gradients.items()
-        }
-        return [Reading(self._thread.submit(self._read, unit, gradients))]
+    def __call__(self, unit: str, gradients: Mapping[str, Tensor | OuterProduct]) -> None:
+        if any(isinstance(gradient, OuterProduct) for gradient in gradients.values()):
+            super().__call__(unit, gradients)
+            return
+        self._model.streamer.hand_over(
+            lambda: [Reading(self._thread.submit(self._read, unit, gradients))], *self._model.gradients.delivered
+        )
 
     def _read(self, unit: str, gradients: Mapping[str, Tensor | OuterProduct]) -> None:
         time.sleep(0.02)
@@ -116,7 +114,7 @@ def test_a_sink_gets_what_the_result_would_hold(
 
 @pytest.mark.parametrize("mode", MODES)
 def test_gradients_stay_until_a_sink_has_read_them(mode: Any, model: StreamedModel, problem: dict[str, Any]) -> None:
-    at_once, late = Collected(), Late()
+    at_once, late = Collected(), Late(model)
     alignment_gradients(model, **problem, executor=mode, sink=at_once)
     alignment_gradients(model, **problem, executor=mode, sink=late)
     model.streamer.drain()

@@ -131,6 +131,22 @@ def test_where_the_update_runs_may_change_on_the_way_and_an_average_may_begin(
 # ---- where it runs -------------------------------------------------------------------------------------------------
 
 
+def test_same_bits_with_any_instruction_set_and_without_the_native_module(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    changes = {"clip": "block", "max_train_steps": 2, "optimizer_device": "host", "use_ema": True}
+    found = []
+    for name in host.instruction_sets():
+        with host.instruction_set(name):
+            found.append(everything(trained(folder, tmp_path / name, **changes)))
+    monkeypatch.setattr(host, "native", None)
+    host._say_once.cache_clear()
+    found.append(everything(trained(folder, tmp_path / "torch", **changes)))
+    for other in found[1:]:
+        assert_same_bits(other, found[0])
+    assert ["native module is missing" in record.message for record in caplog.records].count(True) == 1
+
+
 def test_threads_of_the_update_on_the_host(folder: Path, tmp_path: Path) -> None:
     changes = {"clip": "block", "max_train_steps": 2, "optimizer_device": "host"}
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -51,6 +52,7 @@ class FluxBackbone:
             set_processors(shell, fused=True, text_first=True)
         set_attention(shell, attention, device)
         self._pos_embed = shell.pos_embed
+        self._last_rope: _LastRope | None = None
         self._guidance = hasattr(shell.time_text_embed, "guidance_embedder")
         guidance = ("guidance",) if self._guidance else ()
         self._needed = (*_NEEDED, *guidance)
@@ -86,9 +88,14 @@ class FluxBackbone:
         return given
 
     def constants(self, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        """All legs of a product share one table while they have the same ids: 4.5 MiB each at 1024 pixels."""
+        ids = inputs["txt_ids"], inputs["img_ids"]
+        known = self._last_rope.of(ids) if self._last_rope is not None else None
+        if known is not None:
+            return known
         with torch.no_grad():
-            ids = torch.cat([inputs["txt_ids"].to(self.device), inputs["img_ids"].to(self.device)])
-            cos, sin = self._pos_embed(ids)
+            cos, sin = self._pos_embed(torch.cat([each.to(self.device) for each in ids]))
+        self._last_rope = _LastRope(ids, (cos, sin))
         return cos, sin
 
     def microbatch_constants(self, constants: Any, inputs: Mapping[str, Any]) -> Any:
@@ -96,6 +103,28 @@ class FluxBackbone:
 
     def output(self, value: Tensor, return_dict: bool) -> Any:
         return diffusers_output(value, return_dict)
+
+
+class _LastRope:
+    """The table made last, as long as somebody else holds it, and the ids that it belongs to."""
+
+    def __init__(self, ids: tuple[Tensor, Tensor], table: tuple[Tensor, Tensor]) -> None:
+        self._ids = [weakref.ref(each) for each in ids]
+        self._versions = _versions((*ids, *table))
+        self._table = [weakref.ref(each) for each in table]
+
+    def of(self, ids: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor] | None:
+        """The table, if it is still there and these are its ids, unchanged."""
+        same = all(known() is each for known, each in zip(self._ids, ids, strict=True))
+        cos, sin = (each() for each in self._table)
+        if cos is None or sin is None or not same or self._versions is None:
+            return None
+        return (cos, sin) if self._versions == _versions((*ids, cos, sin)) else None
+
+
+def _versions(values: tuple[Tensor, ...]) -> list[int] | None:
+    """None for tensors of inference mode, whose changes nobody counts."""
+    return None if any(each.is_inference() for each in values) else [each._version for each in values]
 
 
 def _condition(embed: Any, inputs: Mapping[str, Any]) -> Tensor:

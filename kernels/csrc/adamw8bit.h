@@ -71,6 +71,21 @@ Block block_of(const Run &run, size_t block) {
             run.residual ? run.residual + begin : nullptr, run.master ? run.master + begin : nullptr};
 }
 
+LEAPALIGN_INLINE void fetch(const void *from, size_t bytes) {
+    for (size_t i = 0; i < bytes; i += 64) LEAPALIGN_FETCH(static_cast<const char *>(from) + i);
+}
+
+// Asks for a block two steps before it is due: memory answers within the time of one, and what the processor fetches by
+// itself ends with each page.
+LEAPALIGN_NOINLINE void fetch(const Run &run, size_t block) {
+    const size_t begin = block * kBlock;
+    const Floats weights = at(run.weights, begin), gradient = at(run.gradient, begin);
+    if (!run.master) fetch(weights.data, kBlock * width_of(weights));
+    if (gradient) fetch(gradient.data, kBlock * width_of(gradient));
+    fetch(run.codes_m + begin, kBlock);
+    fetch(run.codes_v + begin, kBlock);
+}
+
 LEAPALIGN_INLINE size_t length_of(const Run &run, size_t block) {
     const size_t left = run.count - block * kBlock;
     return left < kBlock ? left : kBlock;
@@ -113,10 +128,11 @@ bool finite_factors(const Run &run, size_t first, size_t last) {
     return true;
 }
 
-// One moment of a block, from its update until it is encoded.
+// One moment of a block, from its update until it is encoded. Values are in the order of the groups' vectors.
 template <bool kSigned>
 struct Moment {
     alignas(64) float values[kBlock];
+    Doubt doubts[kBlock / kGroup];
     uint8_t *codes;
     float inverse;         // of the largest
     bool waiting = false;  // to be encoded
@@ -130,26 +146,44 @@ struct Moment {
         waiting = peak != 0 && peak < 0x7F800000u;
         if (peak == 0) std::memset(codes, kSigned ? 127 : 0, kBlock);
         if (peak >= 0x7F800000u) {
-            for (size_t i = 0; i < kBlock; ++i) codes[i] = exact(map, i);
+            for (size_t i = 0; i < kBlock; ++i) settle(map, i);
         }
     }
 
-    uint8_t exact(const Map &map, size_t i) const {
+    // The largest magnitude, nan above infinity.
+    LEAPALIGN_NOINLINE_METHOD uint32_t exact_peak() const {
+        uint32_t peak = 0;
+        for (const float value : values) {
+            const uint32_t magnitude = bits_of(value) & 0x7FFFFFFFu;
+            peak = magnitude > peak ? magnitude : peak;
+        }
+        return peak;
+    }
+
+    LEAPALIGN_METHOD void encode(const Encoder<kSigned> &encoder, size_t i) {
+        doubts[i / kGroup] = encoder.encode(values + i, spread(inverse), codes + i);
+    }
+
+    LEAPALIGN_METHOD void settle(const Map &map, size_t i) const {
         const uint8_t code = map.code(values[i] * inverse);
-        return !kSigned && code == 0 ? uint8_t{1} : code;
+        codes[i - i % kGroup + element_of(i % kGroup)] = !kSigned && code == 0 ? uint8_t{1} : code;
     }
 
-    LEAPALIGN_METHOD Vector encode(const Encoder<kSigned> &encoder, size_t i) const {
-        return encoder.encode(values + i, spread(inverse), codes + i);
+    // Looks up the codes of the elements in doubt.
+    LEAPALIGN_METHOD void settle(const Encoder<kSigned> &encoder, const Map &map) const {
+        Doubt all;
+        for (const Doubt &doubt : doubts) all.include(doubt);
+        if (all.elements()) settle_elements(encoder, map);
     }
 
-    // Looks up the codes whose places are too near to an integer.
-    void settle(const Encoder<kSigned> &encoder, const Map &map) const {
+    LEAPALIGN_NOINLINE_METHOD void settle_elements(const Encoder<kSigned> &encoder, const Map &map) const {
         for (size_t i = 0; i < kBlock; i += kWidth) {
-            alignas(64) float behind[kWidth];
-            store(behind, encode(encoder, i));
-            for (size_t j = 0; j < kWidth; ++j) {
-                if (behind[j] < kDoubt) codes[i + j] = exact(map, i + j);
+            if (!doubts[i / kGroup].elements()) continue;
+            Doubt doubt;
+            doubt.include(encoder.places(values + i, spread(inverse)));
+            uint32_t elements = doubt.elements();
+            for (size_t j = i; elements; ++j, elements >>= 1) {
+                if (elements & 1) settle(map, j);
             }
         }
     }
@@ -162,14 +196,16 @@ void steps(const Run &run, size_t first, size_t last) {
     const Decoder<false> decoder_v(map_v);
     const Encoder<true> encoder_m(map_m);
     const Encoder<false> encoder_v(map_v);
+    const bool scaled = run.scale != 1.0f;
     const Vector scale = spread(run.scale), gain_m = spread(run.gain_m), decay_v = spread(run.decay_v);
     const Vector gain_v = spread(run.gain_v), root_gain = spread(run.root_gain), eps = spread(run.eps);
     const Vector decay_w = spread(run.decay_w), rate = spread(run.rate);
     constexpr bool kDirect = kFormat == Format::fp32 || kFormat == Format::stochastic;
 
-    alignas(64) float decoded_m[2][kBlock], decoded_root[2][kBlock];  // values of the map
+    alignas(64) float decoded_m[2][kBlock], decoded_root[2][kBlock];  // values of the map, in the order of the vectors
     alignas(64) float expanded[kBlock], weights[kBlock];
     alignas(64) uint16_t draws[kBlock];
+    Draws philox(run.stream, 0);
     Moment<true> moments[2];
     Moment<false> roots[2];
     Copy copy;
@@ -184,7 +220,7 @@ void steps(const Run &run, size_t first, size_t last) {
         return found;
     };
     next = open(first);
-    for (size_t i = 0; i < kBlock; i += kWidth) {
+    for (size_t i = 0; i < kBlock; i += kGroup) {
         decoder_m.decode(next.codes_m + i, decoded_m[first % 2] + i);
         decoder_v.decode(next.codes_v + i, decoded_root[first % 2] + i);
     }
@@ -193,19 +229,18 @@ void steps(const Run &run, size_t first, size_t last) {
         const size_t here = block % 2, other = 1 - here;
         Moment<true> &moment = moments[here], &old_moment = moments[other];
         Moment<false> &root = roots[here], &old_root = roots[other];
-        Vector behind_m = spread(1), behind_v = spread(1), absmax_m{}, absmax_v{};
-        Peak peak_m, peak_v;
+        Vector absmax_m{}, absmax_v{};
+        Peak peak_m;
+        UnsignedPeak peak_v;
         now = next;
         if (decodes) next = open(block + 1);
+        if (block + 2 < last) fetch(run, block + 2);
         if (updates) {
             absmax_m = spread(run.absmax_m[block]);
             absmax_v = spread(run.absmax_v[block]);
             if (!run.gradient) {
                 expand(run, block, expanded);
                 now.gradient = {expanded, false};
-            }
-            if (kFormat == Format::stochastic) {
-                draw_block(run.stream, (run.first + block * kBlock) / kDrawsPerCounter, draws);
             }
             if (kFormat == Format::residual) {
                 for (size_t i = 0; i < kBlock; ++i) weights[i] = joined(now.weights.half()[i], now.residual[i]);
@@ -219,10 +254,13 @@ void steps(const Run &run, size_t first, size_t last) {
                                                         : weights;
         const float *const was_m = decoded_m[here], *const was_root = decoded_root[here];
         float *const next_m = decoded_m[other], *const next_root = decoded_root[other];
+        if (kFormat == Format::stochastic && updates) {
+            const uint64_t counter = (run.first + block * kBlock) / kDrawsPerCounter;
+            if (philox.high != counter >> 32) philox = Draws(run.stream, counter >> 32);
+            draw_block(philox, counter, draws);
+        }
 
-        const auto update_moments = [&](size_t i) {
-            Vector g = gradient.bf16 ? load(gradient.half() + i) : load(gradient.fp32() + i);
-            g = mul(g, scale);
+        const auto update_moment = [&](const Vector g, size_t i) {
             Vector m = mul(load(was_m + i), absmax_m);
             Vector v = mul(load(was_root + i), absmax_v);
             m = add(m, mul(sub(g, m), gain_m));
@@ -233,49 +271,63 @@ void steps(const Run &run, size_t first, size_t last) {
             peak_m.include(m);
             peak_v.include(r);
         };
-        const auto update_weights = [&](size_t i) {
-            const Vector m = load(moment.values + i), r = load(root.values + i);
-            Vector w = kFormat == Format::stochastic ? load(half + i) : load(full + i);
-            w = sub(mul(w, decay_w), div(mul(m, rate), add(mul(r, root_gain), eps)));
-            if (kFormat == Format::stochastic) {
-                store_stochastic(half + i, w, draws + i);
-            } else {
-                store(full + i, w);
+        const auto update_moments = [&](size_t group) {
+            for (size_t i = group; i < group + kGroup; i += 2 * kWidth) {
+                Pair g = gradient.bf16 ? load_pair(gradient.half() + i) : load_pair(gradient.fp32() + i);
+                if (scaled) g = {mul(g.first, scale), mul(g.second, scale)};
+                update_moment(g.first, i);
+                update_moment(g.second, i + kWidth);
             }
+        };
+        const auto updated = [&](Vector w, size_t i) {
+            const Vector m = load(moment.values + i), r = load(root.values + i);
+            return sub(mul(w, decay_w), div(mul(m, rate), add(mul(r, root_gain), eps)));
+        };
+        const auto update_weights = [&](size_t group) {
+            Vector w[4];
+            for (size_t i = 0; i < 4; i += 2) {
+                const size_t from = group + kWidth * i;
+                const Pair pair = kFormat == Format::stochastic ? load_pair(half + from) : load_pair(full + from);
+                w[i] = updated(pair.first, from);
+                w[i + 1] = updated(pair.second, from + kWidth);
+                if (kFormat != Format::stochastic) store_pair(full + from, {w[i], w[i + 1]});
+            }
+            if (kFormat == Format::stochastic) store_stochastic(half + group, w, draws + group);
         };
 
         if (updates && decodes && old_moment.waiting && old_root.waiting) {
-            for (size_t i = 0; i < kBlock; i += kWidth) {
+            for (size_t i = 0; i < kBlock; i += kGroup) {
                 decoder_m.decode(next.codes_m + i, next_m + i);
                 update_moments(i);
             }
-            for (size_t i = 0; i < kBlock; i += kWidth) {
+            for (size_t i = 0; i < kBlock; i += kGroup) {
                 decoder_v.decode(next.codes_v + i, next_root + i);
                 update_weights(i);
-                behind_m = least(behind_m, old_moment.encode(encoder_m, i));
-                behind_v = least(behind_v, old_root.encode(encoder_v, i));
+                old_moment.encode(encoder_m, i);
+                old_root.encode(encoder_v, i);
             }
         } else {
-            for (size_t i = 0; decodes && i < kBlock; i += kWidth) {
+            for (size_t i = 0; decodes && i < kBlock; i += kGroup) {
                 decoder_m.decode(next.codes_m + i, next_m + i);
                 decoder_v.decode(next.codes_v + i, next_root + i);
             }
-            for (size_t i = 0; updates && i < kBlock; i += kWidth) update_moments(i);
-            for (size_t i = 0; updates && i < kBlock; i += kWidth) update_weights(i);
-            for (size_t i = 0; old_moment.waiting && i < kBlock; i += kWidth) {
-                behind_m = least(behind_m, old_moment.encode(encoder_m, i));
-            }
-            for (size_t i = 0; old_root.waiting && i < kBlock; i += kWidth) {
-                behind_v = least(behind_v, old_root.encode(encoder_v, i));
-            }
+            for (size_t i = 0; updates && i < kBlock; i += kGroup) update_moments(i);
+            for (size_t i = 0; updates && i < kBlock; i += kGroup) update_weights(i);
+            for (size_t i = 0; old_moment.waiting && i < kBlock; i += kGroup) old_moment.encode(encoder_m, i);
+            for (size_t i = 0; old_root.waiting && i < kBlock; i += kGroup) old_root.encode(encoder_v, i);
         }
-        if (any_below(behind_m, kDoubt)) old_moment.settle(encoder_m, map_m);
-        if (any_below(behind_v, kDoubt)) old_root.settle(encoder_v, map_v);
+        if (old_moment.waiting) old_moment.settle(encoder_m, map_m);
+        if (old_root.waiting) old_root.settle(encoder_v, map_v);
         old_moment.waiting = old_root.waiting = false;
         if (!updates) break;
 
-        moment.close(map_m, peak_m.all(), now.codes_m, run.absmax_m + block);
-        root.close(map_v, peak_v.all(), now.codes_v, run.absmax_v + block);
+        uint32_t largest_m = peak_m.all(), largest_v = peak_v.all();
+        // m is nan only where the old largest, or g, and then the root, is not finite.
+        if (largest_v >= 0x7F800000u || (bits_of(run.absmax_m[block]) & 0x7FFFFFFFu) >= 0x7F800000u) {
+            largest_m = moment.exact_peak(), largest_v = root.exact_peak();
+        }
+        moment.close(map_m, largest_m, now.codes_m, run.absmax_m + block);
+        root.close(map_v, largest_v, now.codes_v, run.absmax_v + block);
         if (!kDirect) {
             uint16_t *to = now.weights.half();
             for (size_t i = 0; i < kBlock; ++i) {

@@ -39,7 +39,8 @@ std::vector<const Kernels *> available() {
         found.push_back(&avx2::kernels);
         if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
             __builtin_cpu_supports("avx512vl")) {
-            found.push_back(&avx512::kernels);
+            found.push_back(&avx512bw::kernels);
+            if (__builtin_cpu_supports("avx512vbmi")) found.push_back(&avx512::kernels);
         }
     }
 #endif

@@ -72,7 +72,10 @@ extern const Kernels kernels;
 namespace avx2 {
 extern const Kernels kernels;
 }
-namespace avx512 {
+namespace avx512bw {  // F, BW, DQ and VL
+extern const Kernels kernels;
+}
+namespace avx512 {  // VBMI too
 extern const Kernels kernels;
 }
 

@@ -80,15 +80,15 @@ void fill_lines(Map &map) {
         if (map.tie <= 1) throw std::logic_error("two boundaries between slots are exact");
         map.tie = map.above[slot];
     }
-    for (int exponent = 0; exponent < 32; ++exponent) {
-        const float least = std::ldexp(1.0f, exponent - 31);
+    for (uint32_t upper = 49; upper <= 64; ++upper) {
+        const float least = float_of(upper << 24);
         int slot = 0;
         while (map.above[slot] < least) ++slot;
-        map.exponent_slope[exponent] = map.slope[slot];
-        map.exponent_offset[exponent] = map.offset[slot];
-        map.exponent_cap[exponent] = map.cap[slot];
-        const bool ends = map.above[slot] < 2 * least;
-        map.exponent_above[exponent] = ends ? map.above[slot] : std::numeric_limits<float>::infinity();
+        map.range_slope[upper % 16] = map.slope[slot];
+        map.range_offset[upper % 16] = map.offset[slot];
+        map.range_cap[upper % 16] = map.cap[slot];
+        const bool ends = map.above[slot] < 4 * least;
+        map.range_above[upper % 16] = ends ? map.above[slot] : std::numeric_limits<float>::infinity();
     }
 }
 

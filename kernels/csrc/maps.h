@@ -22,7 +22,11 @@ struct Map {
     // The |y| exactly between the last place of a slot and the first of the next, inf if there is none: with equal
     // distances the lower code has the lower place or, where y < 0, the higher one, so that it is to be looked up.
     float tie;
-    float exponent_slope[32], exponent_offset[32], exponent_cap[32], exponent_above[32];  // for exponents 2^-31 .. 2^0
+
+    // For |y| >= 2^-29, by its bits from 24 up, modulo 16: of the slot in which such a range, [4^k, 4^(k+1)) / 2, begins.
+    // In none there is more than one slot's end, and after one the next range begins in the next slot.
+    float range_slope[16], range_offset[16], range_cap[16];
+    float range_above[16];  // the largest |y| in the slot, if that ends in the range
 
     // Values as lines over the number of the magnitude, f = |code - 127| in the signed map and code + 1 in the unsigned
     // one, for each exponent of f (modulo 16): the value has the bits of fma(f, value_slope, value_offset) and fixes more,
@@ -45,13 +49,21 @@ struct Map {
 // within 1.5 of its ideal, and 142 for rounding a boundary down: 668 in all, 2^-14.6.
 constexpr float kMargin = 0x1p-14f;
 
-// Places that are nearer to an integer than kMargin are decided by Map::code: one of 8192.
-constexpr float kDoubt = 2 * kMargin;
+// Encoders compute places in units of 2^-16. Those that are nearer to an integer than kMargin, one of 8192, are decided by
+// Map::code.
+constexpr float kUnit = 0x1p16f;
+constexpr uint32_t kDoubt = 8;
+static_assert(2 * kMargin * kUnit == kDoubt);
 
-// Slot of |y| >= 2^-31 is trunc(kSlotScale * (its bits) + kSlotOffset), or one more: log10 |y| + 6.4, within 0.03.
-constexpr float kSlotScale = 0.30103f / 8388608.0f;
-constexpr float kSlotOffset = 6.4f - 127.0f * 0.30103f;
-constexpr float kSmallest = 1e-6f / 8;  // what is smaller has the same code and a slot of at least 0
+// Signed places and 2^23 share a float, whose bits have the integer part in the upper half, added to kBaseUpper. The two
+// roundings to units that this adds, 256 in the reckoning above, fit: with 128 places the other terms are halved.
+constexpr float kBase = 0x1p23f;
+constexpr int kBaseUpper = 0x4B00;
+
+// The upper half of the bits of |y| >= kSmallest, times kSlotFactor and shifted: log10 |y| + 38.23, within 0.03, rounded
+// down. Modulo 8 that is the slot or one less: of the slot's decade it increases at 0.77, and slots end before 0.31.
+constexpr int kSlotFactor = 19728, kSlotShift = 23;  // 0.30103 / 128
+constexpr float kSmallest = 1e-6f / 8;  // what is smaller has the same code
 
 const Map &signed_map();
 const Map &unsigned_map();

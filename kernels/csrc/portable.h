@@ -9,12 +9,29 @@
 #define LEAPALIGN_INLINE static __forceinline
 #define LEAPALIGN_METHOD __forceinline
 #define LEAPALIGN_NOINLINE static __declspec(noinline)
+#define LEAPALIGN_NOINLINE_METHOD __declspec(noinline)
 #define LEAPALIGN_RESTRICT __restrict
 #else
 #define LEAPALIGN_INLINE static inline __attribute__((always_inline))
 #define LEAPALIGN_METHOD inline __attribute__((always_inline))
 #define LEAPALIGN_NOINLINE static __attribute__((noinline))
+#define LEAPALIGN_NOINLINE_METHOD __attribute__((noinline))
 #define LEAPALIGN_RESTRICT __restrict__
+#endif
+
+#if defined(_MSC_VER)
+#define LEAPALIGN_FETCH(address) ((void)(address))
+#else
+#define LEAPALIGN_FETCH(address) __builtin_prefetch(address)
+#endif
+
+// Keeps a compiler from gathering such values in a vector: that takes more instructions than it saves.
+#if defined(__GNUC__)
+#define LEAPALIGN_SCALAR(value) __asm__("" : "+r"(value))
+#define LEAPALIGN_UNROLL _Pragma("GCC unroll 32")
+#else
+#define LEAPALIGN_SCALAR(value)
+#define LEAPALIGN_UNROLL
 #endif
 
 #if defined(__SSE__) || defined(_M_X64)

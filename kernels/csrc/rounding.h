@@ -6,18 +6,41 @@
 
 namespace leapalign::LEAPALIGN_ISA {
 
-constexpr size_t kDrawsPerCounter = 8;
+LEAPALIGN_NOINLINE void draw_block(const Draws &philox, uint64_t first,  // a multiple of 32
+                                   uint16_t *draws                       // (256,)
+) {
+    for (size_t i = 0; i < kBlock; i += kDrawn) {
+        draw_group(philox, static_cast<uint32_t>(first) + static_cast<uint32_t>(i / kDrawsPerCounter), draws + i);
+    }
+}
+
+// A group whose order is that of its vectors.
+LEAPALIGN_NOINLINE void store_carefully(uint16_t *to, const float *x, const uint16_t *draws) {
+    for (size_t i = 0; i < kGroup; ++i) to[element_of(i)] = rounded_with_draw(x[i], draws[element_of(i)]);
+}
+
+LEAPALIGN_INLINE void store_stochastic(uint16_t *to, const Vector (&x)[4], const uint16_t *draws) {
+    if (any_huge(x)) {  // may saturate, or is not finite
+        alignas(64) float values[kGroup];
+        for (size_t i = 0; i < 4; ++i) store(values + kWidth * i, x[i]);
+        return store_carefully(to, values, draws);
+    }
+    for (size_t i = 0; i < 4; i += 2) store_rounded(to + kWidth * i, {x[i], x[i + 1]}, draws + kWidth * i);
+}
 
 // Calls work(draws, from, to) with the draws of elements from ... to of [begin, end), in blocks of 256. `offset` is that
 // of element 0.
 template <typename Work>
 LEAPALIGN_INLINE void with_draws(uint64_t offset, const Stream &stream, size_t begin, size_t end, const Work &work) {
     alignas(64) uint16_t draws[kBlock];
+    Draws philox(stream, (offset + begin) / kDrawsPerCounter >> 32);
     for (size_t from = begin; from < end;) {
         const uint64_t element = offset + from;
         const size_t skipped = static_cast<size_t>(element % kBlock);
         const size_t length = end - from < kBlock - skipped ? end - from : kBlock - skipped;
-        draw_block(stream, (element - skipped) / kDrawsPerCounter, draws);
+        const uint64_t first = (element - skipped) / kDrawsPerCounter;
+        if (philox.high != first >> 32) philox = Draws(stream, first >> 32);
+        draw_block(philox, first, draws);
         work(draws + skipped, from, from + length);
         from += length;
     }

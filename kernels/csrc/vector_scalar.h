@@ -4,28 +4,42 @@
 #include <cmath>
 
 #include "elementwise.h"
+#include "lanes.h"
+#include "philox.h"
 
 namespace leapalign::LEAPALIGN_ISA {
 
-constexpr size_t kWidth = 1;
+constexpr size_t kWidth = 1, kGroup = 4 * kWidth, kDrawn = kBlock;
 using Vector = float;
+
+LEAPALIGN_INLINE size_t element_of(size_t position) { return element_at<kWidth>(position); }
 
 LEAPALIGN_INLINE Vector spread(float value) { return value; }
 LEAPALIGN_INLINE Vector load(const float *from) { return *from; }
-LEAPALIGN_INLINE Vector load(const uint16_t *from) { return widened(*from); }
 LEAPALIGN_INLINE void store(float *to, Vector x) { *to = x; }
 LEAPALIGN_INLINE Vector add(Vector a, Vector b) { return a + b; }
 LEAPALIGN_INLINE Vector sub(Vector a, Vector b) { return a - b; }
 LEAPALIGN_INLINE Vector mul(Vector a, Vector b) { return a * b; }
 LEAPALIGN_INLINE Vector div(Vector a, Vector b) { return a / b; }
 LEAPALIGN_INLINE Vector root_of(Vector a) { return std::sqrt(a); }
-LEAPALIGN_INLINE Vector least(Vector a, Vector b) { return a < b ? a : b; }
-LEAPALIGN_INLINE bool any_below(Vector a, float limit) { return a < limit; }
 
-LEAPALIGN_INLINE void store_stochastic(uint16_t *to, Vector x, const uint16_t *draws) {
-    *to = rounded_with_draw(x, *draws);
+// Consecutive elements, as two vectors of a group hold them.
+struct Pair {
+    Vector first, second;
+};
+
+LEAPALIGN_INLINE Pair load_pair(const uint16_t *from) { return {widened(from[0]), widened(from[1])}; }
+LEAPALIGN_INLINE Pair load_pair(const float *from) { return {from[0], from[1]}; }
+LEAPALIGN_INLINE void store_pair(float *to, Pair x) { to[0] = x.first, to[1] = x.second; }
+
+LEAPALIGN_INLINE bool any_huge(const Vector (&)[4]) { return false; }  // store_rounded takes any
+
+LEAPALIGN_INLINE void store_rounded(uint16_t *to, Pair x, const uint16_t *draws) {
+    to[0] = rounded_with_draw(x.first, draws[0]);
+    to[1] = rounded_with_draw(x.second, draws[1]);
 }
 
+// The largest |x| by its bits.
 struct Peak {
     uint32_t bits = 0;
     LEAPALIGN_METHOD void include(Vector x) {
@@ -34,52 +48,64 @@ struct Peak {
     }
     LEAPALIGN_METHOD uint32_t all() const { return bits; }
 };
+using UnsignedPeak = Peak;
 
 template <bool kSigned>
 struct Decoder {
     const float *values;
     explicit Decoder(const Map &map) : values(map.values) {}
 
-    // kWidth codes to the values of the map.
+    // kGroup codes to the values of the map.
     LEAPALIGN_METHOD void decode(const uint8_t *LEAPALIGN_RESTRICT codes, float *LEAPALIGN_RESTRICT to) const {
-        for (size_t i = 0; i < kWidth; ++i) to[i] = values[codes[i]];
+        for (size_t i = 0; i < kGroup; ++i) to[i] = values[codes[i]];
     }
+};
+
+struct Doubt {  // none: every code is looked up
+    LEAPALIGN_METHOD void include(Doubt) {}
+    LEAPALIGN_METHOD uint32_t elements() const { return 0; }
 };
 
 template <bool kSigned>
 struct Encoder {
     const Map &map;
     explicit Encoder(const Map &of) : map(of) {}
-    LEAPALIGN_METHOD Vector encode(const float *x, Vector inverse, uint8_t *codes) const {
-        const uint8_t code = map.code(*x * inverse);
-        *codes = !kSigned && code == 0 ? uint8_t{1} : code;
-        return 1.0f;
+
+    LEAPALIGN_METHOD Doubt places(const float *, Vector) const { return {}; }
+
+    // Writes the codes of a group.
+    LEAPALIGN_METHOD Doubt encode(const float *x, Vector inverse, uint8_t *codes) const {
+        for (size_t i = 0; i < kGroup; ++i) {
+            const uint8_t code = map.code(x[i] * inverse);
+            codes[i] = !kSigned && code == 0 ? uint8_t{1} : code;
+        }
+        return {};
     }
 };
 
-// Philox4x32-10 (Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as 1, 2, 3", SC 2011), as arrays over the
-// counters.
-LEAPALIGN_NOINLINE void draw_block(const Stream &stream, uint64_t first,  // a multiple of 32
-                                   uint16_t *draws                        // (256,)
+using Draws = Philox<1>;
+
+// As arrays over the counters.
+LEAPALIGN_INLINE void draw_group(const Draws &philox, uint32_t counter,  // a multiple of 32
+                                 uint16_t *draws                          // (256,)
 ) {
     uint32_t c0[32], c1[32], c2[32], c3[32];
-    for (size_t i = 0; i < 32; ++i) {
-        c0[i] = static_cast<uint32_t>(first) + static_cast<uint32_t>(i);
-        c1[i] = static_cast<uint32_t>(first >> 32);
-        c2[i] = stream.parameter;
-        c3[i] = stream.step;
+    const auto upper = [](uint64_t product) { return static_cast<uint32_t>(product >> 32); };
+    const auto lower = [](uint64_t word) { return static_cast<uint32_t>(word); };
+    for (uint32_t i = 0; i < 32; ++i) {
+        uint64_t p0 = uint64_t{kPhiloxA} * (counter + i), p1 = uint64_t{kPhiloxC} * (upper(p0) ^ philox.third1.value());
+        c0[i] = upper(p1) ^ philox.first2.value(), c1[i] = lower(p1);
+        p1 = uint64_t{kPhiloxC} * (lower(p0) ^ philox.third2.value()), p0 = uint64_t{kPhiloxA} * c0[i];
+        c0[i] = upper(p1) ^ c1[i] ^ philox.keys[0].value(), c1[i] = lower(p1);
+        c2[i] = upper(p0) ^ philox.third3.value(), c3[i] = lower(p0);
     }
-    uint32_t k0 = static_cast<uint32_t>(stream.seed), k1 = static_cast<uint32_t>(stream.seed >> 32);
-    for (int round = 0; round < 10; ++round) {
+    for (size_t round = 4; round <= 10; ++round) {
+        const uint32_t key0 = philox.keys[2 * round - 7].value(), key1 = philox.keys[2 * round - 6].value();
         for (size_t i = 0; i < 32; ++i) {
             const uint64_t p0 = uint64_t{kPhiloxA} * c0[i], p1 = uint64_t{kPhiloxC} * c2[i];
-            c0[i] = static_cast<uint32_t>(p1 >> 32) ^ c1[i] ^ k0;
-            c1[i] = static_cast<uint32_t>(p1);
-            c2[i] = static_cast<uint32_t>(p0 >> 32) ^ c3[i] ^ k1;
-            c3[i] = static_cast<uint32_t>(p0);
+            c0[i] = upper(p1) ^ c1[i] ^ key0, c1[i] = lower(p1);
+            c2[i] = upper(p0) ^ c3[i] ^ key1, c3[i] = lower(p0);
         }
-        k0 += kPhiloxKey0;
-        k1 += kPhiloxKey1;
     }
     for (size_t i = 0; i < 32; ++i) {  // words in order, the low half first
         const uint32_t words[4] = {c0[i], c1[i], c2[i], c3[i]};

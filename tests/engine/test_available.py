@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from leapalign.engine import available
-from leapalign.engine.available import CONTEXT_BYTES, device_available, host_available
+from leapalign.engine.available import (
+    CONTEXT_BYTES,
+    cores_limit,
+    device_available,
+    host_available,
+    host_limit,
+    host_total,
+)
 
 GIB = 2**30
 KIB_A_GIB = 2**20
@@ -99,3 +106,34 @@ def test_the_context_counts_as_the_processes_own(monkeypatch):
         monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device, found=reserved: found)
         assert device_available(cuda) == expected
     assert available.device_available(torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({"proc/self/cgroup": "0::/user/job\n", "cgroup/user/cpu.max": "150000 100000\n"}, 1.5),
+        ({"proc/self/cgroup": "0::/job\n", "cgroup/job/cpu.max": "400000 100000\n", "cgroup/cpu.max": "max 100000"}, 4),
+        ({"proc/self/cgroup": "0::/job\n", "cgroup/job/cpu.max": "max 100000\n"}, None),
+        ({}, None),
+    ],
+)
+def test_cores_that_groups_let_it_have(system, files, expected):
+    assert cores_limit(**system(files)) == expected
+
+
+@pytest.mark.parametrize(("quota", "expected"), [(50000, 0.5), (-1, None)])
+def test_cores_in_groups_of_version_1(system, quota, expected):
+    folder = "cgroup/cpu/docker/1"
+    files = {
+        "proc/self/cgroup": "4:cpu,cpuacct:/docker/1\n3:memory:/other\n",
+        f"{folder}/cpu.cfs_quota_us": f"{quota}\n",
+        f"{folder}/cpu.cfs_period_us": "100000\n",
+    }
+    assert cores_limit(**system(files)) == expected
+
+
+def test_the_machines_memory_and_the_groups_limit(system):
+    files = {"proc/self/cgroup": "0::/user/job\n", **version2("cgroup/user/job", 4 * GIB, 5 * GIB, 0)}
+    assert host_limit(**system(files)) == 4 * GIB
+    assert host_limit(**system({"proc/self/cgroup": "0::/other\n"})) is None
+    assert host_total(proc=system()["proc"]) == 99 * 1024

@@ -256,6 +256,22 @@ def test_it_can_be_simulated(case: Any, name: str, hoist: bool) -> None:
         assert sum(value is not None for value in found) > len(found) // 2
 
 
+def test_legs_with_the_same_ids_share_one_rope_table(case: Any) -> None:
+    """While somebody holds it; not where ids have changed, nor one made in inference mode, which no graph may save."""
+    model, inputs = case("flux")
+    backbone = backbone_of(model, hoist=True, device=CPU)
+    first = backbone.constants(inputs)
+    assert all(a is b for a, b in zip(backbone.constants(dict(inputs)), first, strict=True))
+    inputs["img_ids"][0, 1] += 1
+    second = backbone.constants(inputs)
+    assert not torch.equal(second[0], first[0])
+    other = {**inputs, "img_ids": inputs["img_ids"].clone()}
+    assert backbone.constants(other)[0] is not second[0]
+    with torch.inference_mode():
+        sampling = backbone.constants(inputs)
+    assert sampling[0].is_inference() and not backbone.constants(inputs)[0].is_inference()
+
+
 def test_a_subclass_is_its_family(case: Any) -> None:
     for name, scale in (("flux", 1.0), ("sd3", 1000.0)):
         model, _ = case(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -57,7 +58,8 @@ def test_host_bytes_are_counted_as_the_machine_counts_them(clock, monkeypatch):
 
         return start
 
-    copies, updates = [], []
+    copies: list[tuple[int, int]] = []
+    updates: list[tuple[int, int]] = []
     monkeypatch.setattr(rates.host, "copy", taking(0.25, copies))
     monkeypatch.setattr(rates.host_adamw8bit, "update", taking(0.125, updates))
     assert host_rates(threads=3, seconds=1.0) == HostRates(2 * MIB / 0.25, 14 * 2**19 / 0.125)
@@ -81,12 +83,14 @@ def test_copies_together_are_those_within_the_others_work():
             return float(self) - float(other)
 
     # The slow one's first copy lies within the quick one's three; of the quick one's, all lie within the slow one's.
-    assert rates._overlapping(Lane(0, 3, 8, 12), Lane(0, 2, 3, 5)) == ([3], [2, 1, 2])
-    assert rates._overlapping(Lane(0, 6, 12, 18), Lane(0, 2, 3, 5)) == ([6, 6, 6], [2, 1, 2])
+    quick: Any = Lane(0, 2, 3, 5)
+    slow: list[Any] = [Lane(0, 3, 8, 12), Lane(0, 6, 12, 18)]
+    assert rates._overlapping(slow[0], quick) == ([3], [2, 1, 2])
+    assert rates._overlapping(slow[1], quick) == ([6, 6, 6], [2, 1, 2]), "of none within the other's: all"
 
 
 def test_measured_rates_are_positive():
-    """On the CPU device, with small buffers; the native module and torch's fallback run the same call."""
+    """On the CPU device, with small buffers."""
     found = copy_rates("cpu", nbytes=MIB, seconds=0.01)
     assert isinstance(found, CopyRates)
     assert all(math.isfinite(rate) and rate > 0 for rate in vars(found).values())
@@ -98,9 +102,12 @@ def test_an_update_really_runs(monkeypatch):
     monkeypatch.setattr(rates, "UPDATED", (2**18, 2**18))
     calls = []
     update = rates.host_adamw8bit.update
-    monkeypatch.setattr(
-        rates.host_adamw8bit, "update", lambda weights, *a, **k: calls.append(weights) or update(weights, *a, **k)
-    )
+
+    def watched(weights, *arguments, **options):
+        calls.append(weights)
+        return update(weights, *arguments, **options)
+
+    monkeypatch.setattr(rates.host_adamw8bit, "update", watched)
     found = host_rates(seconds=0.01)
     Machine(host_bytes_per_s=found.in_place)  # refuses what is not above 0 and finite
     assert found.copy > 0

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from leapalign.kernels import host
 from leapalign.kernels.adamw8bit import Hyper, split_residual
+from leapalign.kernels.host_pool import Handle
 from leapalign.kernels.quantize import blocks_of
 
 HYPER = Hyper(lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.01, step=3)
@@ -40,7 +41,7 @@ every_isa = pytest.mark.parametrize(
                 name not in host.instruction_sets(), reason=f"needs a processor with {name} and the native module"
             ),
         )
-        for name in ("scalar", "avx2", "avx512")
+        for name in ("scalar", "avx2", "avx512bw", "avx512")
     ],
 )
 
@@ -130,3 +131,10 @@ def unequal(a: Tensor, b: Tensor) -> Tensor:
     assert a.shape == b.shape and a.dtype == b.dtype
     integers = {torch.float32: torch.int32, torch.bfloat16: torch.int16}.get(a.dtype, a.dtype)
     return (a.view(integers) != b.view(integers)) & ~(a.isnan() & b.isnan())
+
+
+def busy() -> Handle:
+    """Hands over work for some tenths of a second and returns the handle of the last of it."""
+    average, weights = torch.zeros(1 << 20, dtype=torch.bfloat16), torch.ones(1 << 20)
+    with host.instruction_set("scalar"):
+        return [host.ema(average, weights, 0.9, threads=1) for _ in range(30)][-1]

@@ -1,0 +1,46 @@
+"""Tables of the report as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+GIB = 2**30
+NOTHING = "not measured"
+
+
+def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Head and rows, the first column left, the others right; `heads[0]` may be empty."""
+    lines = [f"| {' | '.join(heads)} |", "|---" + "|---:" * (len(heads) - 1) + "|"]
+    lines += [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def gib(number: float | None, digits: int = 1) -> str:
+    """Bytes in GiB, or MiB where that is less than one."""
+    if number is None:
+        return ""
+    if number < GIB:
+        return f"{number / 2**20:.{digits}f} MiB"
+    return f"{number / GIB:.{digits}f} GiB"
+
+
+def mean_and_error(value: Mapping[str, float], scale: float, digits: int) -> str:
+    """Signed mean ± standard error."""
+    return f"{scale * value['mean']:+.{digits}f} ± {scale * value['standard_error']:.{digits}f}"
+
+
+def command(results: Sequence[Mapping[str, Any]]) -> str:
+    """How the results are made again."""
+    commands = list(dict.fromkeys(result["command"] for result in results))
+    if len(commands) == 1:
+        return f"Command: `{commands[0]}`."
+    return "Commands:\n\n" + "\n".join(f"- `{each}`" for each in commands)
+
+
+def threads(machine: Mapping[str, Any]) -> str:
+    """Threads and processor, or the GPU."""
+    if machine.get("gpu"):
+        return str(machine["gpu"])
+    number = machine["threads"]
+    return f"{number} thread{'s' * (number > 1)} of {machine['cpu']}"

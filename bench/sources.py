@@ -1,0 +1,94 @@
+"""Which files decide a result, so that the report can say when they have changed since it was measured.
+
+Only the files whose arithmetic, bytes or speed a benchmark states: a change elsewhere leaves its numbers true. Of
+Python files comments, docstrings and blank lines do not count.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import io
+import tokenize
+from collections.abc import Mapping
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+_METHOD = [f"leapalign/{name}.py" for name in ("alignment", "surrogates", "rollout", "schedule", "draws", "trainer")]
+_PACKAGED = ["leapalign/presets/shapes.yaml", "leapalign/zoo/shapes/pipeline/training.json"]
+_EIGHT_BIT = [f"kernels/{name}.py" for name in ("adamw8bit", "quantize", "rounding")]
+_ENGINE = [
+    "activations",
+    "backward",
+    "evaluation",
+    "gradients",
+    "hoisting",
+    "modulation",
+    "passes",
+    "queues",
+    "setting",
+    "store",
+    "streamed",
+    "streamer",
+    "sums",
+    "units",
+    "velocity",
+    "visiting",
+    "vjp",
+    "weights",
+]
+_STEP = [*(f"engine/{name}.py" for name in _ENGINE), "engine/backbones/*.py", "leapalign/streamed.py"]
+_UPDATE = ["engine/optim.py", "engine/update.py", *_EIGHT_BIT, "kernels/host*.py", "kernels/csrc/*"]
+_TRITON = [f"kernels/{name}*.py" for name in ("leap", "cotangents", "modulate", "gated", "rows", "heads", "qk_norm")]
+_TRITON += ["kernels/adamw8bit_*.py", "kernels/sum_of_squares.py"]
+
+# first word of the command -> what it runs
+DEPENDS: Mapping[str, list[str]] = {
+    "quality": [*_METHOD, *_PACKAGED, *_EIGHT_BIT],
+    "curves": [*_METHOD, *_PACKAGED, *_EIGHT_BIT],
+    "optimizers": [*_METHOD[:3], *_PACKAGED, *_EIGHT_BIT],
+    "tracking": [*_EIGHT_BIT, *_PACKAGED[1:], "bench/optimizer_steps.py"],
+    "optimizer-states": ["engine/optim.py", "engine/update.py", "engine/store.py", "kernels/quantize.py"],
+    "memory": [*_STEP, "bench/simulate.py", "bench/devices.py"],
+    "throughput": [*_STEP, *_TRITON, *_UPDATE],
+    "gpu": [*_STEP, *_TRITON, *_UPDATE],
+    "kernels": _TRITON,
+    "host-optimizer": ["kernels/host*.py", "kernels/csrc/*"],
+}
+
+
+def digests(what: str, root: Path = ROOT) -> dict[str, str]:
+    """{file: digest} of what the benchmark of that name depends on."""
+    files = sorted({path for pattern in DEPENDS.get(what, []) for path in root.glob(pattern) if path.is_file()})
+    return {path.relative_to(root).as_posix(): digest(path) for path in files}
+
+
+def changed(what: str, recorded: Mapping[str, str], root: Path = ROOT) -> list[str]:
+    """Files that are not as they were when their digests were recorded, new and removed ones among them."""
+    now = digests(what, root)
+    return sorted(name for name in now.keys() | recorded.keys() if now.get(name) != recorded.get(name))
+
+
+def digest(path: Path) -> str:
+    """Eight hexadecimal digits of a file's contents; of Python, of its code."""
+    contents = path.read_bytes()
+    if path.suffix == ".py":
+        contents = _code(contents.decode()).encode()
+    return hashlib.sha256(contents).hexdigest()[:8]
+
+
+def _code(text: str) -> str:
+    """Lines without comments and docstrings; by position, so that every version of Python finds the same."""
+    lines = text.splitlines()
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type == tokenize.COMMENT:
+            row, column = token.start
+            lines[row - 1] = lines[row - 1][:column]
+    for node in ast.walk(ast.parse(text)):
+        if not isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            continue
+        if ast.get_docstring(node, clean=False) is not None:
+            first, last = node.body[0].lineno, node.body[0].end_lineno
+            lines[first - 1 : last] = [""] * ((last or first) - first + 1)
+    return "\n".join(line.rstrip() for line in lines if line.strip())
