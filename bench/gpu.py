@@ -134,7 +134,9 @@ class Session:
         self._deadline = time.monotonic() + 60 * minutes
         self.result: dict[str, Any] = {"tiny": tiny, **(before or {})}
         found = self.result.setdefault("stages", {})
-        self._waiting = [name for name in stages if found.get(name, {}).get("status") != "passed"]
+        status = {name: found.get(name, {}).get("status") for name in stages}
+        # what has failed before may fail again: it comes last
+        self._waiting = sorted((n for n in stages if status[n] != "passed"), key=lambda n: status[n] == "failed")
 
     def run(self) -> None:
         """All stages that have not passed already, as far as the minutes last.
@@ -206,7 +208,8 @@ class Session:
         elif event["event"] == "begin":
             self._found(event["stage"])
         elif event["event"] == "row":
-            self._found(event["stage"])["rows"].append(event["row"])
+            rows, row = self._found(event["stage"])["rows"], event["row"]
+            rows[:] = [*(each for each in rows if each["key"] != row["key"]), row]
         elif event["event"] == "end":
             self._end(event["stage"], event["status"], time.monotonic() - began, event.get("error"))
         self._save()
@@ -217,10 +220,9 @@ class Session:
         return found
 
     def _done(self, name: str) -> list[str]:
-        """Rows that need not be measured again. Those that failed are dropped."""
-        found = self._found(name)
-        found["rows"] = [row for row in found["rows"] if row.get("passed", True) and not row.get("faults")]
-        return [row["key"] for row in found["rows"]]
+        """Keys of the rows that need not be measured again: nothing was wrong with them."""
+        rows = self._found(name)["rows"]
+        return [row["key"] for row in rows if row.get("passed", True) and not row.get("faults")]
 
     def _end(self, name: str, status: str, seconds: float = 0.0, error: str | None = None) -> None:
         found = self._found(name)

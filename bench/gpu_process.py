@@ -7,6 +7,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -30,19 +31,20 @@ def main(text: str) -> int:
     """
     given = json.loads(text)
     with Path(given["lines"]).open("a") as lines:
+        unnamed = True
 
         def tell(event: str, **what: Any) -> None:
+            nonlocal unnamed
+            if unnamed and event in ("row", "end"):  # not before: asking for the GPU's name may make a context there
+                unnamed = False
+                with suppress(RuntimeError):  # a device that is broken tells nothing
+                    tell("machine", **_machine(given["tiny"]))
             print(json.dumps({"event": event, **what}), file=lines, flush=True)
 
         if not given["tiny"] and not torch.cuda.is_available():
             tell("no gpu", torch=torch.__version__)
             return 2
-        first = not given["stages"][0]["fresh"]  # else the device is named afterwards: asking makes a context
-        if first:
-            tell("machine", **_machine(given["tiny"]))
         done = all(_run(stage, given, tell) for stage in given["stages"] if _begins(stage, given))
-        if not first:
-            tell("machine", **_machine(given["tiny"]))
     return 0 if done else 1
 
 

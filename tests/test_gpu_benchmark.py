@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from bench import gpu, gpu_correctness, kernel_cases, kernels
+from bench import gpu, gpu_correctness, gpu_stages, kernel_cases, kernels
 from bench.__main__ import main
 from bench.gpu import Session, Stage
+from bench.gpu_stages import Context
 from bench.gpu_words import table
 
 CPU = torch.device("cpu")
@@ -23,28 +25,36 @@ def toy(name: str, seconds: float = 60, least: float = 0) -> Stage:
     return Stage(f"tests.gpu_toy_stages:{name}", least, seconds)
 
 
-def ran(stages: dict[str, Stage], *, minutes: float = 5, **options: Any) -> dict[str, Any]:
+def ran(stages: dict[str, Stage], *, minutes: float = 20, **options: Any) -> dict[str, Any]:
     session = Session(stages, minutes, tiny=True, **options)
     session.run()
     return session.result
 
 
-def test_broken_stages_are_reported_and_the_rest_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One raises, one kills its process, one never ends."""
-    monkeypatch.setattr(gpu, "_GRACE", 0.0)
-    path = tmp_path / "found.json"
-    names = {"first": "fine", "broken": "broken", "crash": "dies", "hang": "hangs", "last": "fine"}
+@pytest.fixture(scope="module")
+def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Of stages of which one raises, one finds something wrong, one kills its process, and one never ends."""
+    names = {"first": "fine", "broken": "broken", "half": "halfway", "crash": "dies", "hang": "hangs", "last": "fine"}
     stages = {name: toy(function, seconds=0.5 if name == "hang" else 60) for name, function in names.items()}
-    result = ran(stages, path=path)
+    path = tmp_path_factory.mktemp("gpu") / "found.json"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpu, "_GRACE", 0.0)
+        found = ran(stages, path=path)
+    assert json.loads(path.read_text()) == found
+    return found
+
+
+def test_broken_stages_are_reported_and_the_rest_run(result: dict[str, Any]) -> None:
     found = result["stages"]
     assert {name: stage["status"] for name, stage in found.items()} == {
-        "first": "passed", "broken": "failed", "crash": "failed", "hang": "failed", "last": "passed"
+        "first": "passed", "broken": "failed", "half": "failed", "crash": "failed", "hang": "failed", "last": "passed"
     }  # fmt: skip
     assert found["broken"]["error"].splitlines()[-1] == "ZeroDivisionError: this stage is broken"
+    assert found["half"]["error"] == "b is wrong"
     assert found["crash"]["error"].splitlines() == ["the process ended with code -9", "last words"]
     assert found["hang"]["error"].startswith("no end in ") and found["hang"]["rows"][0]["key"] == "before"
     assert found["first"]["rows"][0]["process"] != found["last"]["rows"][0]["process"]
-    assert json.loads(path.read_text()) == result and result["machine"]["cores"]
+    assert result["machine"]["cores"] and result["versions"]["torch"] == torch.__version__
     with pytest.raises(ProcessLookupError):  # nothing is left running
         os.kill(found["hang"]["rows"][0]["process"], 0)
     lines = table(result).splitlines()
@@ -52,17 +62,14 @@ def test_broken_stages_are_reported_and_the_rest_run(tmp_path: Path, monkeypatch
     assert [line.split()[:2] for line in lines if line.startswith("last")] == [["last", "passed"]]
 
 
-def test_what_is_there_is_not_run_again() -> None:
+def test_what_is_there_is_not_run_again(result: dict[str, Any]) -> None:
     """Neither a stage that passed, nor the good rows of one that did not."""
-    stages = {"whole": toy("fine"), "half": toy("halfway")}
-    first = json.loads(json.dumps(ran(stages)))
-    assert [stage["status"] for stage in first["stages"].values()] == ["passed", "failed"]
-    assert first["stages"]["half"]["error"] == "b is wrong"
-    second = ran(stages, before=json.loads(json.dumps(first)))["stages"]
-    assert second["whole"] == first["stages"]["whole"]
-    assert [stage["status"] for stage in second.values()] == ["passed", "passed"]
+    before = json.loads(json.dumps(result))
+    second = ran({"first": toy("fine"), "half": toy("halfway")}, before=before)["stages"]
+    assert second["first"] == result["stages"]["first"]
+    assert second["half"]["status"] == "passed"
     a, b = second["half"]["rows"]
-    assert a == first["stages"]["half"]["rows"][0] and b["passed"] and b["process"] != a["process"]
+    assert a == result["stages"]["half"]["rows"][0] and b["passed"] and b["process"] != a["process"]
 
 
 def test_a_stage_for_which_there_is_no_time_is_not_begun(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,19 +110,27 @@ def test_a_dry_run_is_resumed_as_one(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 def test_a_dry_run_passes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The rates and the largest steps; `python -m bench gpu --tiny` runs all stages in this way."""
+    """The quickest stage; `python -m bench gpu --tiny` runs all of them in this way."""
     path = tmp_path / "tiny.json"
-    assert main(["gpu", "--tiny", "--stages", "ceilings,step-24", "--json", str(path)]) == 0
+    assert main(["gpu", "--tiny", "--stages", "ceilings", "--json", str(path)]) == 0
     found = json.loads(path.read_text())
     assert found["tiny"] and found["gpu"] is None and found["versions"]["torch"] == torch.__version__
-    assert found["command"] == "python -m bench gpu --stages ceilings,step-24 --minutes 9 --tiny"
-    assert list(found["stages"]) == ["ceilings", "step-24"]
-    for row in found["stages"]["step-24"]["rows"]:
+    assert found["command"] == "python -m bench gpu --stages ceilings --minutes 9 --tiny"
+    assert [row["key"] for row in found["stages"]["ceilings"]["rows"]] == ["matrix product", "copies", "host"]
+    out = capsys.readouterr().out
+    assert "no GPU: toy sizes on the CPU" in out and "ceilings    passed" in out
+
+
+def test_steps_under_a_cap_pass_on_the_cpu() -> None:
+    rows: list[dict[str, Any]] = []
+    gpu_stages.step_24(Context(tiny=True, deadline=time.monotonic() + 3600, emit=rows.append))
+    assert [row["key"] for row in rows] == ["512", "1024"]
+    for row in rows:
         assert row["faults"] == [] and row["planned_peak_bytes"] <= 3750 * 1024
         assert all(share > 0 for share in row["weights_changed"]) and len(row["losses"]) == row["timed"] == 1
         assert row["copies"]["h2d_bytes"] > 0  # weights do not stay in so little memory
-    out = capsys.readouterr().out
-    assert "no GPU: toy sizes on the CPU" in out and out.count("images/s") == 2
+    wrong = {**rows[0], "losses": [float("nan")], "weights_changed": [0.0, 0.5]}
+    assert gpu_stages._faults(wrong) == ["the loss is not finite", "weights have not changed"]
 
 
 # ---- what the checks of a device catch -----------------------------------------------------------------------------
