@@ -5,12 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
-
-_GIB = 2**30
 
 
 def draw_curves(
