@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.gpu_words import table
+from bench.sources import digests
 
 SUMMARY = "every measurement that needs a GPU, in stages and within minutes; --tiny tries it out on the CPU"
 RESULTS = Path(__file__).parent / "results"
@@ -95,25 +96,26 @@ def run(options: argparse.Namespace, unknown: list[str]) -> int:
     except ValueError as error:
         print(f"bench gpu: error: {error}", file=sys.stderr)
         return 2
-    session = Session({name: STAGES[name] for name in chosen}, options.minutes, options.tiny, before, path)
-    session.result = {"date": datetime.now(UTC).date().isoformat(), "command": _command(options), **session.result}
+    measurement = Measurement({name: STAGES[name] for name in chosen}, options.minutes, options.tiny, before, path)
+    head = {"date": datetime.now(UTC).date().isoformat(), "command": _command(options), "sources": digests("gpu")}
+    measurement.result = {**head, **measurement.result}
     try:
         with _terminated():
-            session.run()
+            measurement.run()
     except NoGPUError as error:
         print(f"bench gpu: error: {error}", file=sys.stderr)
         return 2
-    print(table(session.result))
-    if session.path:
-        print(f"wrote {session.path.name}", file=sys.stderr)
-    return 1 if any(stage["status"] == "failed" for stage in session.result["stages"].values()) else 0
+    print(table(measurement.result))
+    if measurement.path:
+        print(f"wrote {measurement.path.name}", file=sys.stderr)
+    return 1 if any(stage["status"] == "failed" for stage in measurement.result["stages"].values()) else 0
 
 
 class NoGPUError(Exception):
     """There is none."""
 
 
-class Session:
+class Measurement:
     """Runs stages in processes, and keeps what they tell.
 
     Attributes:

@@ -139,17 +139,17 @@ def whole_ways(context: Context) -> None:
 
 def _throughput(context: Context, sizes: Any, caps: tuple[str, ...], kinds: tuple[str, ...]) -> None:
     from bench.step_ways import Task
-    from bench.throughput import Session
+    from bench.throughput import Measurement
 
     microbatch, repeats = (1, 1) if context.tiny else (None, REPEATS)
     task = Task(sizes, sizes.resolution, sizes.batch, sizes.steps, context.device, microbatch)
-    session = Session(task, kinds, caps, RAM, repeats)
-    waiting = [name for name in session.names() if name not in context.done]
+    measurement = Measurement(task, kinds, caps, RAM, repeats)
+    waiting = [name for name in measurement.names() if name not in context.done]
     while waiting:  # they share what is left
         deadline = time.monotonic() + context.left() / len(waiting)
-        session.left = lambda deadline=deadline: deadline - time.monotonic()  # type: ignore[misc]
-        row = session.row(waiting.pop(0))
-        context.emit({"key": row["way"], **session.rates, **row})
+        measurement.left = lambda deadline=deadline: deadline - time.monotonic()  # type: ignore[misc]
+        row = measurement.row(waiting.pop(0))
+        context.emit({"key": row["way"], **measurement.rates, **row})
 
 
 # ---- steps of FLUX.1-dev's size ------------------------------------------------------------------------------------

@@ -52,7 +52,7 @@ def simulated(results: Results, *, short: bool = False) -> str:
         cells += [gib(result["counted_peak_bytes"]), f"{result['forwards_per_image']:.2f}"]
         rows.append(cells)
     heads = ["model", "pixels", "images", "weights on the device", "legs", "peak device memory", "forwards an image"]
-    billions = sorted({f"{r['settings']['simulate']} {r['parameters'] / 1e9:.1f}B" for r in results})
+    billions = sorted({f"{r['settings']['simulate']} {r['parameters'] / 1e9:.1f}B" for r in ordered})
     text = (
         f"Counted on fake tensors, not measured on a GPU: {', '.join(billions)} parameters in bf16, "
         f"microbatch {ordered[0]['settings']['microbatch']}, optimizer on the host. CUDA's context, workspaces and "

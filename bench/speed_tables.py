@@ -154,6 +154,7 @@ def _host_on(result: Mapping[str, Any]) -> str:
 
 HOST_NAMES = {
     "avx512": "8-bit in C++, AVX-512",
+    "avx512bw": "8-bit in C++, AVX-512 without VBMI",
     "avx2": "8-bit in C++, AVX2",
     "scalar": "8-bit in C++, scalar",
     "torch_reference": "8-bit in torch (the definition)",

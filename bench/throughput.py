@@ -50,15 +50,15 @@ def run(options: argparse.Namespace, unknown: list[str]) -> int:
     try:
         if unknown:
             raise ValueError(f"unknown argument {unknown[0]}; see --help")
-        session = _session(options)
+        measurement = _measurement(options)
     except ValueError as error:
         print(f"bench throughput: error: {error}", file=sys.stderr)
         return 2
     rows = []
-    for row in session.rows():
+    for row in measurement.rows():
         rows.append(row)
         print(told(row), file=sys.stderr, flush=True)
-    result = {"settings": _settings(options, session.task), "device": session.device_name, **session.rates}
+    result = {"settings": _settings(options, measurement.task), "device": measurement.device_name, **measurement.rates}
     result["ways"] = rows
     print(json.dumps(result, indent=1) if options.json else table(result))
     if options.output:
@@ -67,11 +67,11 @@ def run(options: argparse.Namespace, unknown: list[str]) -> int:
     return 0
 
 
-# ---- a session -----------------------------------------------------------------------------------------------------
+# ---- a measurement ---------------------------------------------------------------------------------------------------
 
 
 @dataclass
-class Session:
+class Measurement:
     """The ways of one task, one after the other.
 
     Attributes:
@@ -80,7 +80,7 @@ class Session:
         ram: host memory for the plans; None: no limit.
         repeats: timed steps a way, at most.
         left: the seconds that there are; what does not fit is made shorter.
-        rates: of this machine, measured when the session is made.
+        rates: of this machine, measured when the measurement is made.
     """
 
     task: Task
@@ -137,7 +137,7 @@ class Session:
         return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
 
 
-def _session(options: argparse.Namespace) -> Session:
+def _measurement(options: argparse.Namespace) -> Measurement:
     sizes = tiny() if options.tiny else MODELS[options.model]()
     if options.blocks is not None:
         counts = options.blocks.split(",")
@@ -164,7 +164,7 @@ def _session(options: argparse.Namespace) -> Session:
     repeats = min(found.pop("repeats"), 1 if options.tiny else 100)
     device = torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
     task = Task(sizes, device=device, microbatch=1 if options.tiny else None, **found)
-    return Session(task, ways, caps, options.ram, repeats)
+    return Measurement(task, ways, caps, options.ram, repeats)
 
 
 def _settings(options: argparse.Namespace, task: Task) -> dict[str, Any]:

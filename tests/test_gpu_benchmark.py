@@ -14,7 +14,7 @@ import torch
 
 from bench import gpu, gpu_correctness, gpu_stages, kernel_cases, kernels
 from bench.__main__ import main
-from bench.gpu import Session, Stage
+from bench.gpu import Measurement, Stage
 from bench.gpu_stages import Context
 from bench.gpu_words import table
 
@@ -26,9 +26,9 @@ def toy(name: str, seconds: float = 60, least: float = 0) -> Stage:
 
 
 def ran(stages: dict[str, Stage], *, minutes: float = 20, **options: Any) -> dict[str, Any]:
-    session = Session(stages, minutes, tiny=True, **options)
-    session.run()
-    return session.result
+    measurement = Measurement(stages, minutes, tiny=True, **options)
+    measurement.run()
+    return measurement.result
 
 
 @pytest.fixture(scope="module")

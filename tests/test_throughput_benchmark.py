@@ -105,13 +105,13 @@ def test_what_does_not_fit_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
             raise torch.OutOfMemoryError("CUDA out of memory.")
 
     monkeypatch.setattr(throughput, "Plain", Large)
-    monkeypatch.setattr(throughput.Session, "_device_bytes", lambda self: 80 * 2**30)
-    session = throughput.Session(task(), ("streamed", "plain"), ("1MiB",), None, 1)
-    refused, large = session.rows()
+    monkeypatch.setattr(throughput.Measurement, "_device_bytes", lambda self: 80 * 2**30)
+    measurement = throughput.Measurement(task(), ("streamed", "plain"), ("1MiB",), None, 1)
+    refused, large = measurement.rows()
     assert taken == [3, 1] and large["out_of_memory_bytes"] == 80 * 2**30
     assert throughput.told(large) == "plain: out of memory at 80.00GiB"
     assert "vram = 1.00MiB is too little: the step needs " in throughput.told(refused)
-    lines = throughput.table({"settings": {"steps": 3}, "device": "cpu", **session.rates, "ways": [refused, large]})
+    lines = throughput.table({"settings": {"steps": 3}, "device": "cpu", **measurement.rates, "ways": [refused, large]})
     assert "plain                 out of memory at 80.00GiB" in lines.splitlines()
 
 
