@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.gpu_words import table
+from bench.sources import digests
 
 SUMMARY = "every measurement that needs a GPU, in stages and within minutes; --tiny tries it out on the CPU"
 RESULTS = Path(__file__).parent / "results"
@@ -96,7 +97,8 @@ def run(options: argparse.Namespace, unknown: list[str]) -> int:
         print(f"bench gpu: error: {error}", file=sys.stderr)
         return 2
     session = Session({name: STAGES[name] for name in chosen}, options.minutes, options.tiny, before, path)
-    session.result = {"date": datetime.now(UTC).date().isoformat(), "command": _command(options), **session.result}
+    head = {"date": datetime.now(UTC).date().isoformat(), "command": _command(options), "sources": digests("gpu")}
+    session.result = {**head, **session.result}  # those of the oldest rows, where it is gone on
     try:
         with _terminated():
             session.run()

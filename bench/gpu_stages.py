@@ -195,7 +195,7 @@ def _step(context: Context, cap: str, resolution: int, arenas: Arenas, deadline:
     try:
         planner, budget = planner_of(task, machine), Budget(limit, RAM)
         row = measured(
-            lambda: Streamed(task, planner, budget, arena=None if context.tiny else arenas),
+            lambda: Streamed(task, planner, budget, arena=arenas),
             rates["matmul_flops_per_s"],
             1 if context.tiny else REPEATS,
             lambda: deadline - time.monotonic(),
@@ -208,7 +208,8 @@ def _step(context: Context, cap: str, resolution: int, arenas: Arenas, deadline:
         collect(device)
     left = {} if context.tiny else {"free_bytes": torch.cuda.mem_get_info(device)[0],
                                     "reserved_bytes": torch.cuda.memory_reserved(device)}  # fmt: skip
-    return {"way": f"{resolution} pixels, {cap}", "batch": task.batch, **rates, **row, "afterwards": left}
+    head = {"way": f"{resolution} pixels, {cap}", "cap_bytes": parse_bytes(cap), "task": task.described()}
+    return {**head, **rates, **row, "afterwards": left}
 
 
 def _faults(row: Mapping[str, Any]) -> list[str]:
@@ -244,6 +245,6 @@ class Arenas:
         if found is not None:
             self._free.remove(found)
             return found[1]
-        arena = HostArena(sizes, pin=True)
+        arena = HostArena(sizes)  # pinned where there is a GPU
         self._made.append((dict(sizes), arena))
         return arena

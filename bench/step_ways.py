@@ -58,6 +58,11 @@ class Task:
     device: torch.device
     microbatch: int | None = None
 
+    def described(self) -> dict[str, Any]:
+        """For a result file."""
+        blocks = [self.sizes.transformer[key] for key in ("num_layers", "num_single_layers")]
+        return {"blocks": blocks, "resolution": self.resolution, "batch": self.batch, "steps": self.steps}
+
     def workload(self, kernels: Literal["auto", "torch"] = "auto") -> Workload:
         """For the planner."""
         return Workload(
