@@ -98,7 +98,7 @@ def run(options: argparse.Namespace, unknown: list[str]) -> int:
         return 2
     measurement = Measurement({name: STAGES[name] for name in chosen}, options.minutes, options.tiny, before, path)
     head = {"date": datetime.now(UTC).date().isoformat(), "command": _command(options), "sources": digests("gpu")}
-    measurement.result = {**head, **measurement.result}
+    measurement.result = {**head, **measurement.result}  # those of the oldest rows, where it is gone on
     try:
         with _terminated():
             measurement.run()

@@ -185,17 +185,20 @@ def _step(context: Context, cap: str, resolution: int, arenas: Arenas, deadline:
     from bench.throughput import TINY_CAP
     from leapalign.engine.planner import BudgetError
     from leapalign.engine.workload import Budget
+    from leapalign.planning import SLACK
 
-    sizes, device, limit, pixels = random_models.flux1_dev(), context.device, cap, resolution
+    sizes, device, limit, pixels = random_models.flux1_dev(), context.device, parse_bytes(cap), resolution
     if context.tiny:
-        sizes, pixels, limit = random_models.tiny(), resolution // 32, TINY_CAP if cap == "24GiB" else "1GiB"
+        sizes, pixels = random_models.tiny(), resolution // 32
+        limit = parse_bytes(TINY_CAP if cap == "24GiB" else "1GiB")
     task = Task(sizes, pixels, sizes.batch, sizes.steps, device, 1 if context.tiny else None)
     machine, rates = machine_here(device, seconds=0.1 if context.tiny else 0.6)
     arenas.again()
     try:
-        planner, budget = planner_of(task, machine), Budget(limit, RAM)
+        planner = planner_of(task, machine)
+        budget = Budget(int(limit * (1 - SLACK)), RAM)  # as for a run on a card of that size
         row = measured(
-            lambda: Streamed(task, planner, budget, arena=None if context.tiny else arenas),
+            lambda: Streamed(task, planner, budget, held_to=limit, arena=arenas),
             rates["matmul_flops_per_s"],
             1 if context.tiny else REPEATS,
             lambda: deadline - time.monotonic(),
@@ -208,7 +211,8 @@ def _step(context: Context, cap: str, resolution: int, arenas: Arenas, deadline:
         collect(device)
     left = {} if context.tiny else {"free_bytes": torch.cuda.mem_get_info(device)[0],
                                     "reserved_bytes": torch.cuda.memory_reserved(device)}  # fmt: skip
-    return {"way": f"{resolution} pixels, {cap}", "batch": task.batch, **rates, **row, "afterwards": left}
+    head = {"way": f"{resolution} pixels, {cap}", "cap_bytes": parse_bytes(cap), "task": task.described()}
+    return {**head, **rates, **row, "afterwards": left}
 
 
 def _faults(row: Mapping[str, Any]) -> list[str]:
@@ -244,6 +248,6 @@ class Arenas:
         if found is not None:
             self._free.remove(found)
             return found[1]
-        arena = HostArena(sizes, pin=True)
+        arena = HostArena(sizes)  # pinned where there is a GPU
         self._made.append((dict(sizes), arena))
         return arena

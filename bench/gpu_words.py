@@ -54,7 +54,7 @@ def _steps(rows: Rows) -> list[str]:
     for row in rows:
         line = told(row)
         if "seconds" in row:
-            line += f"; {row['steps']} rollout steps of {row['batch']} images"
+            line += f"; {row['steps']} rollout steps of {row['task']['batch']} images"
         lines.append(line)
     return lines
 

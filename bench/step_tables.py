@@ -74,7 +74,8 @@ def parts(result: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         ways = [row for row in rows if "way" in row]
         operations = [row for row in rows if "operation" in row]
         if ways:
-            settings = {key: ways[0][key] for key in ("batch",) if key in ways[0]}
+            tasks = [row.get("task", {}) for row in ways]
+            settings = {key: value for key, value in tasks[0].items() if all(t.get(key) == value for t in tasks)}
             matmul = next((row["matmul_flops_per_s"] for row in ways if "matmul_flops_per_s" in row), 0.0)
             yield {**head, "settings": {"stage": name, **settings}, "matmul_flops_per_s": matmul, "ways": ways}
         if operations:

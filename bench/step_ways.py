@@ -58,6 +58,11 @@ class Task:
     device: torch.device
     microbatch: int | None = None
 
+    def described(self) -> dict[str, Any]:
+        """For a result file."""
+        blocks = [self.sizes.transformer[key] for key in ("num_layers", "num_single_layers")]
+        return {"blocks": blocks, "resolution": self.resolution, "batch": self.batch, "steps": self.steps}
+
     def workload(self, kernels: Literal["auto", "torch"] = "auto") -> Workload:
         """For the planner."""
         return Workload(
@@ -165,12 +170,14 @@ class Streamed(Way):
         planner: Planner,
         budget: Budget,
         *,
+        held_to: int | None = None,
         arena: Callable[[Mapping[str, int]], Mapping[str, Tensor]] | None = None,
     ) -> None:
         """
         Args:
             planner: of the task's workload; it may serve several budgets.
-            budget: device and host memory. On a GPU torch's allocator is held to it.
+            budget: device and host memory.
+            held_to: bytes of the device that torch's allocator is held to; None: what is planned for.
             arena: makes the host memory, as for `StreamedModel`.
 
         Raises:
@@ -179,7 +186,7 @@ class Streamed(Way):
         self._planner = planner
         self.plan = planner.plan(budget)
         if task.device.type == "cuda":
-            cap(task.device, budget)
+            cap(task.device, budget.device_bytes if held_to is None else held_to)
         reward, vae = random_models.reward(task.sizes, task.device), random_models.vae(task.sizes, task.device)
         if self.plan.checkpoint_reward:
             vae.enable_gradient_checkpointing()
@@ -225,11 +232,10 @@ def planner_of(task: Task, machine: Machine) -> Planner:
     return Planner(task.sizes.transformer, task.workload(), machine)
 
 
-def cap(device: torch.device, budget: Budget) -> None:
-    """Hold torch's allocator to the budget, less what no allocator shows."""
+def cap(device: torch.device, limit: float) -> None:
+    """Hold torch's allocator to so many bytes, less what no allocator shows."""
     total = torch.cuda.get_device_properties(device).total_memory
-    part = (budget.device_bytes - DEVICE_BASE) / total
-    torch.cuda.set_per_process_memory_fraction(min(max(part, 0.0), 1.0), device)
+    torch.cuda.set_per_process_memory_fraction(min(max((limit - DEVICE_BASE) / total, 0.0), 1.0), device)
 
 
 def grow(memory: dict[str, Measured], found: Mapping[str, Mapping[str, int | None]]) -> None:

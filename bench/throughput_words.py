@@ -23,7 +23,7 @@ def told(row: Mapping[str, Any]) -> str:
     if row["peak_device_bytes"] is not None:
         line += f"; peak {row['peak_device_bytes'] / _GIB:.2f} GiB"
     if row["microbatch"] is not None:
-        line += f", {row['microbatch']} images at once"
+        line += f", {row['microbatch']} image{'s' * (row['microbatch'] > 1)} at once"
     if row.get("over_plan"):
         line += f", more than planned in {', '.join(row['over_plan'])}"
     return line

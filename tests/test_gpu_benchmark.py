@@ -126,7 +126,7 @@ def test_steps_under_a_cap_pass_on_the_cpu() -> None:
     gpu_stages.step_24(Context(tiny=True, deadline=time.monotonic() + 3600, emit=rows.append))
     assert [row["key"] for row in rows] == ["512", "1024"]
     for row in rows:
-        assert row["faults"] == [] and row["planned_peak_bytes"] <= 3750 * 1024
+        assert row["faults"] == [] and row["planned_peak_bytes"] <= 3850 * 1024
         assert all(share > 0 for share in row["weights_changed"]) and len(row["losses"]) == row["timed"] == 1
         assert row["copies"]["h2d_bytes"] > 0  # weights do not stay in so little memory
     wrong = {**rows[0], "losses": [float("nan")], "weights_changed": [0.0, 0.5]}
