@@ -22,9 +22,10 @@ Weights are one of
   are, and the sum of both is exact. An update below 2^-17 |w| is lost;
 - bfloat16 with a float32 `master`, of which they are the rounding to nearest.
 
-Every operation is rounded once to fp32, with the scalars computed in double and then rounded, the factor on √v,
-1 / √(1 - β2^t), among them: the same bits on any device, for any split into runs of whole blocks. A kernel that follows
-must not contract to fused multiply-adds. Torch itself needs a detour, `square_root`.
+With q the map's values and a the blocks' largest, the arithmetic is that of `step`, with `Scalars`: what is constant
+over a step is folded into the factors, which halves the operations. Every operation is rounded once to fp32, with the
+scalars computed in double and then rounded: the same bits on any device, for any split into runs of whole blocks. A
+kernel that follows must not contract to fused multiply-adds. Torch itself needs a detour, `square_root`.
 
 Bytes an element, bf16 weights and fp32 gradients: 2 + 4 + 2 · (1 + 4/256) read and 2 + 2 · (1 + 4/256) written, 12.06;
 with a residual 2 more, with a master 6 (bf16 is then not read), with an average 4 (bf16) or 8 (fp32) more.
@@ -66,8 +67,74 @@ class Hyper:
     step: int
 
 
+@dataclass(frozen=True)
+class Scalars:
+    """What is constant over a step, in double.
+
+    κ = (1 - β2) / (1 - β1)² is the unit of u = v / κ, in which the gradient's part of v is the square of its part of m.
+
+    Attributes:
+        gain: (1 - β1) scale, on the gradient.
+        decay_m: β1, on the largest m of a block.
+        decay_root: √(β2 / κ), on the largest √v of a block.
+        unit: √κ, of the root of u.
+        root_gain: √κ / √(1 - β2^t) / rate, on the root of u, where rate = lr / (1 - β1^t).
+        eps: ε / rate.
+        decay_w: 1 - lr λ, on the weights.
+    """
+
+    gain: float
+    decay_m: float
+    decay_root: float
+    unit: float
+    root_gain: float
+    eps: float
+    decay_w: float
+
+
+def scalars(hp: Hyper, scale: float = 1.0) -> Scalars:
+    """The scalars of a step whose gradient is multiplied by `scale` first.
+
+    A rate so small that its reciprocal, times √κ or ε, leaves float32's range, 0 among them, moves nothing.
+    """
+    assert hp.step >= 1, "steps are counted from 1"
+    unit = math.sqrt(1 - hp.beta2) / (1 - hp.beta1)
+    rate = hp.lr / (1 - hp.beta1**hp.step)
+    root_gain, eps = unit / math.sqrt(1 - hp.beta2**hp.step), hp.eps
+    limit = torch.finfo(torch.float32).max * abs(rate)
+    moves = root_gain < limit and eps < limit
+    return Scalars(
+        gain=(1 - hp.beta1) * scale,
+        decay_m=hp.beta1,
+        decay_root=math.sqrt(hp.beta2) / unit,
+        unit=unit,
+        root_gain=root_gain / rate if moves else 0.0,
+        eps=eps / rate if moves else math.inf,
+        decay_w=1 - hp.lr * hp.weight_decay,
+    )
+
+
+def step(w: Tensor, g: Tensor, m: Tensor, u: Tensor, by: Scalars) -> tuple[Tensor, Tensor, Tensor]:
+    """One AdamW step on decayed moments, in the order of operations that is the definition: new (w, m, √u).
+
+        h = gain g      m ← m + h      u ← u + h²      w ← decay_w w - m / (root_gain √u + eps)
+
+    Args:
+        w, g: weights and gradient, of one shape and dtype.
+        m: β1 m of the step before: q (decay_m a), with a the largest of the block.
+        u: β2 v / κ of the step before: q² (decay_root a)². The largest √v of a block is unit max √u.
+        by: of this step.
+    """
+    h = g * by.gain
+    m, u = m + h, u + h * h
+    root = square_root(u)
+    return w * by.decay_w - m / (root * by.root_gain + by.eps), m, root
+
+
 def adamw(w: Tensor, g: Tensor, m: Tensor, v: Tensor, hp: Hyper) -> tuple[Tensor, Tensor, Tensor]:
-    """One AdamW step in the tensors' dtype: new (w, m, v); nothing is changed in place.
+    """One AdamW step as the equations have it, in the tensors' dtype: new (w, m, v); nothing is changed in place.
+
+    What `update` approximates, and what full-precision moments do.
 
     Args:
         w, g, m, v: weights, gradient and moments, of one shape, all float32 or all float64.
@@ -135,16 +202,18 @@ def update(
         *(weights, gradient, (codes_m, codes_v), (absmax_m, absmax_v), residual, master, ema),
         *(hp, seed, parameter, first),
     )
-    map_m, map_v = signed_map(weights.device), unsigned_map(weights.device)
+    map_m, map_v, by = signed_map(weights.device), unsigned_map(weights.device), scalars(hp, scale)
+    squares = map_v.square()
     for part, blocks in _chunks(weights.numel()):
-        m = dequantize(codes_m[part], absmax_m[blocks], map=map_m)
-        v = dequantize(codes_v[part], absmax_v[blocks], map=map_v).square_()
+        m = dequantize(codes_m[part], absmax_m[blocks] * by.decay_m, map=map_m)
+        u = dequantize(codes_v[part], (absmax_v[blocks] * by.decay_root).square_(), map=squares)
         low = None if residual is None else residual[part]
         high = None if master is None else master[part]
         w = high if high is not None else _read(weights[part], low)
-        w, m, v = adamw(w, gradient[part].float() * scale, m, v, hp)
+        w, m, root = step(w, gradient[part].float(), m, u, by)
         quantize(m, codes_m[part], absmax_m[blocks], map=map_m)
-        quantize(square_root(v), codes_v[part], absmax_v[blocks], map=map_v, nonzero=True)
+        quantize(root, codes_v[part], absmax_v[blocks], map=map_v, nonzero=True)
+        absmax_v[blocks] *= by.unit
         w = _write(w, weights[part], low, high, (seed, hp.step, parameter, first + part.start))
         if ema is not None:
             draws = (seed, hp.step, parameter, AVERAGE_STREAM + first + part.start)

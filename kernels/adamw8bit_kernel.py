@@ -29,11 +29,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from leapalign.kernels.adamw8bit import AVERAGE_STREAM, Hyper
+from leapalign.kernels.adamw8bit import AVERAGE_STREAM, Hyper, scalars
 from leapalign.kernels.compilation import Compilation
 from leapalign.kernels.dispatch import jit, tl, triton
 from leapalign.kernels.quantize import BLOCK, boundaries, signed_map, unsigned_map
-from leapalign.kernels.rounding import DRAWS_PER_BLOCK, WORD
+from leapalign.kernels.rounding import DRAWS_PER_BLOCK, ROUNDS, WORD
 
 BLOCKS = 8  # a program's tile: with 128 threads 16 elements each, so that a load of codes has 16 bytes
 WARPS = 4
@@ -91,7 +91,13 @@ def _draws(
     low = block.to(tl.uint32) | tl.arange(0, 32).to(tl.uint32)[None, :]
     high = (block >> 32).to(tl.uint32)
     a, b, c, d = tl.philox_impl(
-        low, high, parameter.to(tl.uint32), step.to(tl.uint32), seed_low.to(tl.uint32), seed_high.to(tl.uint32)
+        low,
+        high,
+        parameter.to(tl.uint32),
+        step.to(tl.uint32),
+        seed_low.to(tl.uint32),
+        seed_high.to(tl.uint32),
+        n_rounds=ROUNDS,
     )
     words = tl.join(tl.join(a, c), tl.join(b, d))  # the last join counts fastest
     draws = tl.join(words & 0xFFFF, words >> 16)
@@ -145,7 +151,7 @@ def _update(
     master_ptr,  # (n,) fp32, or None
     ema_ptr,  # (n,) fp32 or bf16, or None
     guard_ptr,  # () fp64 or fp32, or None
-    tables_ptr,  # (4, 256) fp32: signed map, unsigned map, the boundaries below their codes
+    tables_ptr,  # (4, 256) fp32: signed map, squares of the unsigned one, the boundaries below their codes
     n,
     rows,
     cols,
@@ -155,14 +161,13 @@ def _update(
     seed_high,
     parameter,
     step,
-    scale,
-    gain_m,  # 1 - β1
-    decay_v,  # β2
-    gain_v,  # 1 - β2
-    root_gain,  # 1 / √(1 - β2^t)
+    gain,  # of `adamw8bit.Scalars`, up to the next
+    decay_m,
+    decay_root,
+    unit,
+    root_gain,
     eps,
-    decay_w,  # 1 - lr λ
-    rate,  # lr / (1 - β1^t)
+    decay_w,
     gain_ema,  # 1 - ema_decay
     AVERAGE: tl.constexpr,  # what the blocks of the average's draws are counted from
     WHOLE_ROWS: tl.constexpr,  # cols is a multiple of 256
@@ -197,7 +202,7 @@ def _update(
             if WHOLE_ROWS:
                 factor = factor[:, None]
             g += factor * _widened(tl.load(right_ptr + term * cols + place, mask=inside, other=0))
-    g = g * scale
+    h = g * gain
 
     # All but the tables is loaded before anything is stored: no load moves up past a store.
     source_ptr = weights_ptr if master_ptr is None else master_ptr
@@ -210,17 +215,16 @@ def _update(
     codes_v = tl.load(codes_v_ptr + begin * 256 + offset, mask=inside, other=0)
     peak_m = tl.load(absmax_m_ptr + peaks, mask=peaks_inside, other=0)
     peak_v = tl.load(absmax_v_ptr + peaks, mask=peaks_inside, other=0)
-    m = _decode(codes_m, peak_m[:, None], tl.load(tables_ptr + entry))
-    v = _decode(codes_v, peak_v[:, None], tl.load(tables_ptr + 256 + entry))
-    m = m + (g - m) * gain_m
-    v = v * v * decay_v + g * gain_v * g
-    root = tl.sqrt_rn(v)
+    peak_m, peak_v = peak_m * decay_m, peak_v * decay_root
+    m = _decode(codes_m, peak_m[:, None], tl.load(tables_ptr + entry)) + h
+    u = _decode(codes_v, (peak_v * peak_v)[:, None], tl.load(tables_ptr + 256 + entry)) + h * h
+    root = tl.sqrt_rn(u)
 
     if residual_ptr is not None:  # `adamw8bit.join_residual`
         bits = w.to(tl.int16, bitcast=True).to(tl.int32)
         w = (((((bits & 0x7FFF) << 8) + low) << 8) | ((bits >> 31) << 31)).to(tl.float32, bitcast=True)
     w = _widened(w)
-    w = w * decay_w - tl.div_rn(m * rate, root * root_gain + eps)
+    w = w * decay_w - tl.div_rn(m, root * root_gain + eps)
 
     philox_block = (first_block.to(tl.int64) + block) * 32
     if master_ptr is not None:
@@ -261,7 +265,7 @@ def _update(
     tl.store(absmax_m_ptr + peaks, peak, mask=peaks_inside)
     codes, peak = _encode(root, inside, tl.load(tables_ptr + 768 + entry), SIGNED=False)
     tl.store(codes_v_ptr + begin * 256 + offset, codes.to(tl.uint8), mask=inside)
-    tl.store(absmax_v_ptr + peaks, peak, mask=peaks_inside)
+    tl.store(absmax_v_ptr + peaks, peak * unit, mask=peaks_inside)
 
 
 # ---- launcher ------------------------------------------------------------------------------------------------------
@@ -271,7 +275,7 @@ def _update(
 def _tables(device: torch.device) -> Tensor:
     maps = signed_map(), unsigned_map()
     floors = [torch.nn.functional.pad(boundaries(map), (1, 0), value=-math.inf) for map in maps]
-    return torch.stack([*maps, *floors]).to(device)  # fp32, 4 KiB, kept
+    return torch.stack([maps[0], maps[1].square(), *floors]).to(device)  # fp32, 4 KiB, kept
 
 
 def _signed(word: int) -> int:
@@ -300,7 +304,7 @@ def launch(
     scale: float,
 ) -> None:
     """Arguments as in `adamw8bit_triton.update_triton`, all flat; the gradient or left and right; n > 0."""
-    assert hp.step >= 1, "steps are counted from 1"
+    by = scalars(hp, scale)
     rows, cols, terms = (1, BLOCK, 0) if left is None or right is None else (left.shape[1], right.shape[1], len(left))
     with torch.cuda.device_of(weights):
         _update[(triton.cdiv(weights.numel(), BLOCKS * BLOCK),)](
@@ -326,14 +330,7 @@ def launch(
             _signed(seed >> 32),
             _signed(parameter),
             _signed(hp.step),
-            scale,
-            1 - hp.beta1,
-            hp.beta2,
-            1 - hp.beta2,
-            1 / math.sqrt(1 - hp.beta2**hp.step),
-            hp.eps,
-            1 - hp.lr * hp.weight_decay,
-            hp.lr / (1 - hp.beta1**hp.step),
+            *(by.gain, by.decay_m, by.decay_root, by.unit, by.root_gain, by.eps, by.decay_w),
             1 - ema_decay,
             AVERAGE=AVERAGE_STREAM // DRAWS_PER_BLOCK,
             WHOLE_ROWS=cols % BLOCK == 0,
@@ -377,7 +374,7 @@ def _compilation(weights: str, gradient: str, average: str | None) -> Compilatio
         "tables_ptr": "fp32",
     }
     integers = ("n", "rows", "cols", "terms", "first_block", "seed_low", "seed_high", "parameter", "step")
-    floats = ("scale", "gain_m", "decay_v", "gain_v", "root_gain", "eps", "decay_w", "rate", "gain_ema")
+    floats = ("gain", "decay_m", "decay_root", "unit", "root_gain", "eps", "decay_w", "gain_ema")
     constants = {
         **{name: None for name, kind in pointers.items() if kind is None},
         "AVERAGE": AVERAGE_STREAM // DRAWS_PER_BLOCK,

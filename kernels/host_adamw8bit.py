@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from leapalign.kernels import adamw8bit, host
-from leapalign.kernels.adamw8bit import Hyper, check_run
+from leapalign.kernels.adamw8bit import Hyper, check_run, scalars
 from leapalign.kernels.adamw8bit_triton import ROWS, expand
 from leapalign.kernels.host_pool import Finished, Handle
 from leapalign.kernels.quantize import BLOCK, blocks_of
@@ -62,7 +62,7 @@ def update(
     Raises:
         ValueError: a wrong dtype, shape, layout, device or combination, or a coordinate of the draws out of its range.
     """
-    assert hp.step >= 1, "steps are counted from 1"
+    by = scalars(hp, scale)
     dense = gradient if isinstance(gradient, Tensor) else None
     check_run(
         *(weights, dense, (codes_m, codes_v), (absmax_m, absmax_v), residual, master, ema),
@@ -88,10 +88,9 @@ def update(
         in_torch,
         "adamw8bit",
         *arguments,
-        *(seed, hp.step, parameter, first, scale),
-        *(1 - hp.beta1, hp.beta2, 1 - hp.beta2, 1 / math.sqrt(1 - hp.beta2**hp.step), hp.eps),
-        *(1 - hp.lr * hp.weight_decay, hp.lr / (1 - hp.beta1**hp.step), 1 - ema_decay),
-        guard is not None,
+        *(seed, hp.step, parameter, first),
+        *(by.gain, by.decay_m, by.decay_root, by.unit, by.root_gain, by.eps, by.decay_w),
+        *(1 - ema_decay, guard is not None),
         threads=threads,
     )
 

@@ -13,9 +13,9 @@ which over all 65,536 draws rounds up exactly 65536 f times. Special values:
 - nan stays nan (made quiet; sign and upper payload bits are kept).
 
 The draws belong to (seed, step, parameter, element) and to nothing else: the same bits whatever the number of
-threads, the split of the range, the device or the language. They are Philox4x32-10 (Salmon, Moraes, Dror, Shaw,
-"Parallel random numbers: as easy as 1, 2, 3", SC 2011), the function that Triton calls ``tl.philox``, so that device
-kernels have it too:
+threads, the split of the range, the device or the language. They are Philox4x32-7 (Salmon, Moraes, Dror, Shaw,
+"Parallel random numbers: as easy as 1, 2, 3", SC 2011: seven rounds pass all of BigCrush; the usual ten are a margin
+that rounding does not need), the function that Triton calls ``tl.philox``, so that device kernels have it too:
 
     key      = (seed mod 2^32, seed div 2^32)
     counter  = (block mod 2^32, block div 2^32, parameter, step),   block = element div 8
@@ -30,6 +30,7 @@ from torch import Tensor
 
 DRAWS_PER_BLOCK = 8
 WORD = 0xFFFFFFFF
+ROUNDS = 7  # of Philox
 SLAB = 1 << 20  # elements at a time: the int64 words of a slab take 8 MiB, whatever the size of the tensor
 
 
@@ -49,19 +50,22 @@ def check_stream(seed: int, step: int, parameter: int, offset: int, count: int) 
         raise ValueError(f"offset is {offset}; it is the index of the first element and cannot be negative")
 
 
-def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:
-    """Philox4x32-10: four words of random bits for each counter.
+def philox4x32(
+    counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int], rounds: int = ROUNDS
+) -> tuple[Tensor, ...]:
+    """Philox4x32: four words of random bits for each counter.
 
     Args:
         counter: four int64 tensors of one shape with values in 0 .. 2^32 - 1.
         key: two integers in 0 .. 2^32 - 1.
+        rounds: how often the words are mixed.
 
     Returns:
         Four int64 tensors of that shape with values in 0 .. 2^32 - 1.
     """
     c0, c1, c2, c3 = counter
     k0, k1 = key
-    for _ in range(10):
+    for _ in range(rounds):
         # int64 products wrap above 2^63, their 64 bits are right all the same; the mask undoes the arithmetic shift.
         p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
         c0, c2 = ((p1 >> 32) & WORD) ^ c1 ^ k0, ((p0 >> 32) & WORD) ^ c3 ^ k1

@@ -196,13 +196,11 @@ void steps(const Run &run, size_t first, size_t last) {
     const Decoder<false> decoder_v(map_v);
     const Encoder<true> encoder_m(map_m);
     const Encoder<false> encoder_v(map_v);
-    const bool scaled = run.scale != 1.0f;
-    const Vector scale = spread(run.scale), gain_m = spread(run.gain_m), decay_v = spread(run.decay_v);
-    const Vector gain_v = spread(run.gain_v), root_gain = spread(run.root_gain), eps = spread(run.eps);
-    const Vector decay_w = spread(run.decay_w), rate = spread(run.rate);
+    const Vector gain = spread(run.gain), root_gain = spread(run.root_gain), eps = spread(run.eps);
+    const Vector decay_w = spread(run.decay_w);
     constexpr bool kDirect = kFormat == Format::fp32 || kFormat == Format::stochastic;
 
-    alignas(64) float decoded_m[2][kBlock], decoded_root[2][kBlock];  // values of the map, in the order of the vectors
+    alignas(64) float decoded_m[2][kBlock], decoded_v[2][kBlock];  // q and q^2 of the map, in the order of the vectors
     alignas(64) float expanded[kBlock], weights[kBlock];
     alignas(64) uint16_t draws[kBlock];
     Draws philox(run.stream, 0);
@@ -222,22 +220,23 @@ void steps(const Run &run, size_t first, size_t last) {
     next = open(first);
     for (size_t i = 0; i < kBlock; i += kGroup) {
         decoder_m.decode(next.codes_m + i, decoded_m[first % 2] + i);
-        decoder_v.decode(next.codes_v + i, decoded_root[first % 2] + i);
+        decoder_v.decode(next.codes_v + i, decoded_v[first % 2] + i);
     }
     for (size_t block = first; block <= last; ++block) {
         const bool updates = block < last, decodes = block + 1 < last;
         const size_t here = block % 2, other = 1 - here;
         Moment<true> &moment = moments[here], &old_moment = moments[other];
         Moment<false> &root = roots[here], &old_root = roots[other];
-        Vector absmax_m{}, absmax_v{};
+        Vector before_m{}, before_v{};
         Peak peak_m;
         UnsignedPeak peak_v;
         now = next;
         if (decodes) next = open(block + 1);
         if (block + 2 < last) fetch(run, block + 2);
         if (updates) {
-            absmax_m = spread(run.absmax_m[block]);
-            absmax_v = spread(run.absmax_v[block]);
+            const float root_before = run.absmax_v[block] * run.decay_root;
+            before_m = spread(run.absmax_m[block] * run.decay_m);
+            before_v = spread(root_before * root_before);
             if (!run.gradient) {
                 expand(run, block, expanded);
                 now.gradient = {expanded, false};
@@ -252,44 +251,42 @@ void steps(const Run &run, size_t first, size_t last) {
         float *const full = kFormat == Format::fp32     ? now.weights.fp32()
                             : kFormat == Format::master ? now.master
                                                         : weights;
-        const float *const was_m = decoded_m[here], *const was_root = decoded_root[here];
-        float *const next_m = decoded_m[other], *const next_root = decoded_root[other];
+        const float *const was_m = decoded_m[here], *const was_v = decoded_v[here];
+        float *const next_m = decoded_m[other], *const next_v = decoded_v[other];
         if (kFormat == Format::stochastic && updates) {
             const uint64_t counter = (run.first + block * kBlock) / kDrawsPerCounter;
             if (philox.high != counter >> 32) philox = Draws(run.stream, counter >> 32);
             draw_block(philox, counter, draws);
         }
 
-        const auto update_moment = [&](const Vector g, size_t i) {
-            Vector m = mul(load(was_m + i), absmax_m);
-            Vector v = mul(load(was_root + i), absmax_v);
-            m = add(m, mul(sub(g, m), gain_m));
-            v = add(mul(mul(v, v), decay_v), mul(mul(g, gain_v), g));
-            const Vector r = root_of(v);
-            store(moment.values + i, m);
-            store(root.values + i, r);
-            peak_m.include(m);
-            peak_v.include(r);
-        };
         const auto update_moments = [&](size_t group) {
-            for (size_t i = group; i < group + kGroup; i += 2 * kWidth) {
-                Pair g = gradient.bf16 ? load_pair(gradient.half() + i) : load_pair(gradient.fp32() + i);
-                if (scaled) g = {mul(g.first, scale), mul(g.second, scale)};
-                update_moment(g.first, i);
-                update_moment(g.second, i + kWidth);
+            Vector h[4], m[4], r[4];
+            for (size_t i = 0; i < 4; i += 2) {
+                const size_t from = group + kWidth * i;
+                const Pair g = gradient.bf16 ? load_pair(gradient.half() + from) : load_pair(gradient.fp32() + from);
+                h[i] = mul(g.first, gain), h[i + 1] = mul(g.second, gain);
+            }
+            for (size_t i = 0; i < 4; ++i) r[i] = mul(load(was_v + group + kWidth * i), before_v);
+            for (size_t i = 0; i < 4; ++i) r[i] = root_of(add(r[i], mul(h[i], h[i])));
+            for (size_t i = 0; i < 4; ++i) m[i] = add(mul(load(was_m + group + kWidth * i), before_m), h[i]);
+            for (size_t i = 0; i < 4; ++i) {
+                store(moment.values + group + kWidth * i, m[i]);
+                peak_m.include(m[i]);
+            }
+            for (size_t i = 0; i < 4; ++i) {
+                store(root.values + group + kWidth * i, r[i]);
+                peak_v.include(r[i]);
             }
         };
-        const auto updated = [&](Vector w, size_t i) {
-            const Vector m = load(moment.values + i), r = load(root.values + i);
-            return sub(mul(w, decay_w), div(mul(m, rate), add(mul(r, root_gain), eps)));
-        };
         const auto update_weights = [&](size_t group) {
-            Vector w[4];
+            Vector w[4], moved[4];
+            for (size_t i = 0; i < 4; ++i) moved[i] = mul(load(root.values + group + kWidth * i), root_gain);
+            for (size_t i = 0; i < 4; ++i) moved[i] = div(load(moment.values + group + kWidth * i), add(moved[i], eps));
             for (size_t i = 0; i < 4; i += 2) {
                 const size_t from = group + kWidth * i;
                 const Pair pair = kFormat == Format::stochastic ? load_pair(half + from) : load_pair(full + from);
-                w[i] = updated(pair.first, from);
-                w[i + 1] = updated(pair.second, from + kWidth);
+                w[i] = sub(mul(pair.first, decay_w), moved[i]);
+                w[i + 1] = sub(mul(pair.second, decay_w), moved[i + 1]);
                 if (kFormat != Format::stochastic) store_pair(full + from, {w[i], w[i + 1]});
             }
             if (kFormat == Format::stochastic) store_stochastic(half + group, w, draws + group);
@@ -301,7 +298,7 @@ void steps(const Run &run, size_t first, size_t last) {
                 update_moments(i);
             }
             for (size_t i = 0; i < kBlock; i += kGroup) {
-                decoder_v.decode(next.codes_v + i, next_root + i);
+                decoder_v.decode(next.codes_v + i, next_v + i);
                 update_weights(i);
                 old_moment.encode(encoder_m, i);
                 old_root.encode(encoder_v, i);
@@ -309,7 +306,7 @@ void steps(const Run &run, size_t first, size_t last) {
         } else {
             for (size_t i = 0; decodes && i < kBlock; i += kGroup) {
                 decoder_m.decode(next.codes_m + i, next_m + i);
-                decoder_v.decode(next.codes_v + i, next_root + i);
+                decoder_v.decode(next.codes_v + i, next_v + i);
             }
             for (size_t i = 0; updates && i < kBlock; i += kGroup) update_moments(i);
             for (size_t i = 0; updates && i < kBlock; i += kGroup) update_weights(i);
@@ -328,6 +325,7 @@ void steps(const Run &run, size_t first, size_t last) {
         }
         moment.close(map_m, largest_m, now.codes_m, run.absmax_m + block);
         root.close(map_v, largest_v, now.codes_v, run.absmax_v + block);
+        run.absmax_v[block] *= run.unit;
         if (!kDirect) {
             uint16_t *to = now.weights.half();
             for (size_t i = 0; i < kBlock; ++i) {

@@ -122,8 +122,8 @@ bool stays_finite(const Factors &factors) {
 
 Handle adamw8bit(Array weights, Optional gradient, Optional left, Optional right, Array codes_m, Array absmax_m,
                  Array codes_v, Array absmax_v, Optional residual, Optional master, Optional ema, uint64_t seed,
-                 uint32_t step, uint32_t parameter, uint64_t first, double scale, double gain_m, double decay_v,
-                 double gain_v, double root_gain, double eps, double decay_w, double rate, double gain_ema, bool guarded,
+                 uint32_t step, uint32_t parameter, uint64_t first, double gain, double decay_m, double decay_root,
+                 double unit, double root_gain, double eps, double decay_w, double gain_ema, bool guarded,
                  size_t threads) {
     const size_t count = weights.size(), blocks = ceil_div(count, kBlock);
     Run run{};
@@ -150,9 +150,8 @@ Handle adamw8bit(Array weights, Optional gradient, Optional left, Optional right
     if ((run.residual || run.master) && !run.weights.bf16) throw std::invalid_argument("weights are not bfloat16");
     if (first % kBlock) throw std::invalid_argument("first is not the beginning of a block");
     const auto once = [](double value) { return static_cast<float>(value); };
-    run.scale = once(scale), run.gain_m = once(gain_m), run.decay_v = once(decay_v), run.gain_v = once(gain_v);
-    run.root_gain = once(root_gain), run.eps = once(eps), run.decay_w = once(decay_w), run.rate = once(rate);
-    run.gain_ema = once(gain_ema);
+    run.gain = once(gain), run.decay_m = once(decay_m), run.decay_root = once(decay_root), run.unit = once(unit);
+    run.root_gain = once(root_gain), run.eps = once(eps), run.decay_w = once(decay_w), run.gain_ema = once(gain_ema);
 
     const Kernels *kernels = chosen;
     const Handle job = new_job(threads);
@@ -288,9 +287,9 @@ NB_MODULE(_host, module) {
     module.def("adamw8bit", &adamw8bit, nb::arg("weights"), nb::arg("gradient").none(), nb::arg("left").none(),
                nb::arg("right").none(), nb::arg("codes_m"), nb::arg("absmax_m"), nb::arg("codes_v"), nb::arg("absmax_v"),
                nb::arg("residual").none(), nb::arg("master").none(), nb::arg("ema").none(), nb::arg("seed"),
-               nb::arg("step"), nb::arg("parameter"), nb::arg("first"), nb::arg("scale"), nb::arg("gain_m"),
-               nb::arg("decay_v"), nb::arg("gain_v"), nb::arg("root_gain"), nb::arg("eps"), nb::arg("decay_w"),
-               nb::arg("rate"), nb::arg("gain_ema"), nb::arg("guarded"), nb::arg("threads"));
+               nb::arg("step"), nb::arg("parameter"), nb::arg("first"), nb::arg("gain"), nb::arg("decay_m"),
+               nb::arg("decay_root"), nb::arg("unit"), nb::arg("root_gain"), nb::arg("eps"), nb::arg("decay_w"),
+               nb::arg("gain_ema"), nb::arg("guarded"), nb::arg("threads"));
     module.def("round_stochastic", &round_stochastic, nb::arg("x"), nb::arg("out"), nb::arg("seed"), nb::arg("step"),
                nb::arg("parameter"), nb::arg("offset"), nb::arg("threads"));
     module.def("sum_of_squares", &leapalign::sum_of_squares, nb::arg("x"), nb::arg("threads"));

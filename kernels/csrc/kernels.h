@@ -50,7 +50,7 @@ struct Run {
     int8_t *residual;  // (n,), or none
     float *master;     // (n,), or none
     Floats ema;        // (n,), or none
-    float scale, gain_m, decay_v, gain_v, root_gain, eps, decay_w, rate, gain_ema;
+    float gain, decay_m, decay_root, unit, root_gain, eps, decay_w, gain_ema;
 };
 
 struct Kernels {

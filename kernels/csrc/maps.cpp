@@ -31,6 +31,7 @@ void fill_values(Map &map) {
     }
     std::sort(values.begin(), values.end());
     std::copy(values.begin(), values.end(), map.values);
+    for (int code = 0; code < 256; ++code) map.decoded[code] = map.is_signed ? values[code] : values[code] * values[code];
     map.edges[0] = -std::numeric_limits<float>::infinity();
     for (int code = 1; code < 256; ++code) {
         const double middle = (double{map.values[code - 1]} + map.values[code]) / 2;  // exact

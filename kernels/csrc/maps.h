@@ -13,6 +13,7 @@ constexpr size_t kBlock = 256;  // elements that share an absmax
 struct Map {
     bool is_signed;
     float values[256];
+    float decoded[256];       // what a step starts from: the values; in the unsigned map, of the root, their squares
     float edges[256];         // the largest float that still has a lower code; -inf for code 0
     uint8_t lowest[1 << 16];  // of the floats with these upper 16 bits, the lowest code
 

@@ -1,4 +1,4 @@
-// Philox4x32-10 (Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as 1, 2, 3", SC 2011) for many counters
+// Philox4x32-7 (Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as 1, 2, 3", SC 2011) for many counters
 // that differ in their lowest word: what is the same for all of them is computed once.
 #pragma once
 
@@ -7,6 +7,7 @@
 namespace leapalign {
 
 constexpr size_t kDrawsPerCounter = 8;
+constexpr size_t kRounds = 7;
 
 // The words are (counter, high, parameter, step). A round makes of words 0..3 and keys 0, 1
 //     (upper(C w2) ^ w1 ^ key0, lower(C w2), upper(A w0) ^ w3 ^ key1, lower(A w0)).
@@ -28,7 +29,7 @@ struct Philox {
     Word first2;    // round 2, with upper(C w2)
     Word third2;    // round 2, with lower(A w0) of round 1
     Word third3;    // round 3, with upper(A w0)
-    Word keys[15];  // key0 of round 3, both keys of rounds 4 .. 10
+    Word keys[2 * kRounds - 5];  // key0 of round 3, both keys of the rounds from 4
 
     LEAPALIGN_METHOD Philox(const Stream &stream, uint64_t upper) : high(upper) {
         uint32_t key0 = static_cast<uint32_t>(stream.seed), key1 = static_cast<uint32_t>(stream.seed >> 32);
@@ -43,7 +44,7 @@ struct Philox {
         next();
         third3 = static_cast<uint32_t>(product2) ^ key1;
         keys[0] = key0;
-        for (size_t i = 1; i < 15; i += 2) {
+        for (size_t i = 1; i < 2 * kRounds - 5; i += 2) {
             next();
             keys[i] = key0;
             keys[i + 1] = key1;

@@ -86,9 +86,9 @@ struct UnsignedPeak {
 template <bool kSigned>
 struct Decoder {
     uint32_t values[256];  // their bits
-    explicit Decoder(const Map &map) { std::memcpy(values, map.values, sizeof values); }
+    explicit Decoder(const Map &map) { std::memcpy(values, map.decoded, sizeof values); }
 
-    // kGroup codes to the values of the map. By the load units, which are idle: with eight entries a permutation, lines
+    // kGroup codes to Map::decoded. By the load units, which are idle: with eight entries a permutation, lines
     // take longer.
     LEAPALIGN_METHOD void decode(const uint8_t *LEAPALIGN_RESTRICT codes, float *LEAPALIGN_RESTRICT to) const {
         LEAPALIGN_UNROLL
@@ -189,7 +189,7 @@ LEAPALIGN_INLINE void draw_group(const Draws &philox, uint32_t counter,  // a mu
         c2[i] = either(upper(p0), all(philox.third3));
         c1[i] = p1, c3[i] = p0;
     }
-    for (size_t round = 4; round <= 10; ++round) {
+    for (size_t round = 4; round <= kRounds; ++round) {
         for (size_t i = 0; i < 2; ++i) {
             const __m256i p0 = _mm256_mul_epu32(a, c0[i]), p1 = _mm256_mul_epu32(c, c2[i]);
             c0[i] = either(either(c1[i], all(philox.keys[2 * round - 7])), upper(p1));

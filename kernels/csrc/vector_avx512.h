@@ -92,12 +92,12 @@ struct Decoder {
     explicit Decoder(const Map &map) {
         for (size_t i = 0; i < 64 * kTables; ++i) {
             // 128, the place of 1, is looked up as 0, which has zeros set instead.
-            const uint32_t value = bits_of(kSigned ? map.values[i ? 127 + i : 255] : map.values[i]);
+            const uint32_t value = bits_of(map.decoded[!kSigned ? i : i ? 127 + i : 255]);
             for (size_t byte = 0; byte < 4; ++byte) tables[byte][i / 64][i % 64] = static_cast<uint8_t>(value >> (8 * byte));
         }
     }
 
-    // kGroup codes to the values of the map.
+    // kGroup codes to Map::decoded.
     LEAPALIGN_METHOD void decode(const uint8_t *codes, float *to) const {
         const __m512i code = load_codes(codes);
         __m512i index = code, bytes[4];
@@ -145,7 +145,7 @@ struct Decoder {
         for (int i = 0; i < 4; ++i) widen[i] = _mm512_add_epi32(_mm512_set1_epi32(4 * i - 256), _mm512_set4_epi32(3, 2, 1, 0));
     }
 
-    // kGroup codes to the values of the map, by the lines of Map: a third of the instructions of as many look-ups.
+    // kGroup codes to Map::decoded, by the lines of Map: a third of the instructions of as many look-ups.
     LEAPALIGN_METHOD void decode(const uint8_t *codes, float *to) const {
         const __m512i bytes = load_codes(codes);
         for (size_t i = 0; i < 4; ++i) store(to + kWidth * i, values_of(_mm512_shuffle_epi8(bytes, widen[i])));
@@ -166,7 +166,8 @@ struct Decoder {
         }
         const __m512i eight = _mm512_permutex2var_epi32(fixes[0], _mm512_srli_epi32(code, 3), fixes[1]);
         const __m512i fix = _mm512_rorv_epi32(eight, _mm512_slli_epi32(code, 2));  // modulo 32
-        return _mm512_castsi512_ps(_mm512_add_epi32(bits(value), _mm512_and_si512(fix, _mm512_set1_epi32(15))));
+        value = _mm512_castsi512_ps(_mm512_add_epi32(bits(value), _mm512_and_si512(fix, _mm512_set1_epi32(15))));
+        return kSigned ? value : mul(value, value);
     }
 };
 
@@ -254,7 +255,7 @@ LEAPALIGN_INLINE void draw_group(const Draws &philox, uint32_t counter,  // a mu
         c2[i] = _mm512_xor_si512(upper(p0), all(philox.third3));
         c1[i] = p1, c3[i] = p0;
     }
-    for (size_t round = 4; round <= 10; ++round) {
+    for (size_t round = 4; round <= kRounds; ++round) {
         for (size_t i = 0; i < 4; ++i) {
             const __m512i p0 = _mm512_mul_epu32(a, c0[i]), p1 = _mm512_mul_epu32(c, c2[i]);
             c0[i] = _mm512_ternarylogic_epi64(upper(p1), c1[i], all(philox.keys[2 * round - 7]), 0x96);

@@ -53,9 +53,9 @@ using UnsignedPeak = Peak;
 template <bool kSigned>
 struct Decoder {
     const float *values;
-    explicit Decoder(const Map &map) : values(map.values) {}
+    explicit Decoder(const Map &map) : values(map.decoded) {}
 
-    // kGroup codes to the values of the map.
+    // kGroup codes to Map::decoded.
     LEAPALIGN_METHOD void decode(const uint8_t *LEAPALIGN_RESTRICT codes, float *LEAPALIGN_RESTRICT to) const {
         for (size_t i = 0; i < kGroup; ++i) to[i] = values[codes[i]];
     }
@@ -99,7 +99,7 @@ LEAPALIGN_INLINE void draw_group(const Draws &philox, uint32_t counter,  // a mu
         c0[i] = upper(p1) ^ c1[i] ^ philox.keys[0].value(), c1[i] = lower(p1);
         c2[i] = upper(p0) ^ philox.third3.value(), c3[i] = lower(p0);
     }
-    for (size_t round = 4; round <= 10; ++round) {
+    for (size_t round = 4; round <= kRounds; ++round) {
         const uint32_t key0 = philox.keys[2 * round - 7].value(), key1 = philox.keys[2 * round - 6].value();
         for (size_t i = 0; i < 32; ++i) {
             const uint64_t p0 = uint64_t{kPhiloxA} * c0[i], p1 = uint64_t{kPhiloxC} * c2[i];

@@ -24,11 +24,20 @@ def bits_of(x: torch.Tensor) -> torch.Tensor:
     return x.view(torch.int16 if x.dtype == torch.bfloat16 else torch.int32)
 
 
-# Known answers of Random123 (kat_vectors, philox4x32 with 10 rounds): counter, key, words.
+# Known answers of Random123 (kat_vectors): counter, key, words of philox4x32 with 7 and with 10 rounds.
 KNOWN = [
-    ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
-    ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+    (7, (0, 0, 0, 0), (0, 0), (0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48)),
+    (7, (0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x5207DDC2, 0x45165E59, 0x4D8EE751, 0x8C52F662)),
     (
+        7,
+        (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+        (0xA4093822, 0x299F31D0),
+        (0x4DFCCABA, 0x190A87F0, 0xC47362BA, 0xB6B5242A),
+    ),
+    (10, (0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+    (10, (0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+    (
+        10,
         (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
         (0xA4093822, 0x299F31D0),
         (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
@@ -36,12 +45,12 @@ KNOWN = [
 ]
 
 
-@pytest.mark.parametrize(("counter", "key", "words"), KNOWN)
+@pytest.mark.parametrize(("rounds", "counter", "key", "words"), KNOWN)
 def test_philox_gives_the_published_words(
-    counter: tuple[int, int, int, int], key: tuple[int, int], words: tuple[int, int, int, int]
+    rounds: int, counter: tuple[int, int, int, int], key: tuple[int, int], words: tuple[int, int, int, int]
 ) -> None:
     c0, c1, c2, c3 = (torch.tensor([word]) for word in counter)
-    assert tuple(int(word) for word in rounding.philox4x32((c0, c1, c2, c3), key)) == words
+    assert tuple(int(word) for word in rounding.philox4x32((c0, c1, c2, c3), key, rounds)) == words
 
 
 @pytest.mark.parametrize("sign", [0, 1 << 31], ids=["positive", "negative"])
