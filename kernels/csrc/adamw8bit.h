@@ -192,8 +192,8 @@ struct Moment {
 template <Format kFormat>
 void steps(const Run &run, size_t first, size_t last) {
     const Map &map_m = signed_map(), &map_v = unsigned_map();
-    const Decoder<true> decoder_m(map_m);
-    const Decoder<false> decoder_v(map_v);
+    static const Decoder<true> decoder_m(map_m);  // tables of 1.5 KiB
+    static const Decoder<false> decoder_v(map_v);
     const Encoder<true> encoder_m(map_m);
     const Encoder<false> encoder_v(map_v);
     const Vector gain = spread(run.gain), root_gain = spread(run.root_gain), eps = spread(run.eps);
