@@ -135,17 +135,19 @@ struct Moment {
     Doubt doubts[kBlock / kGroup];
     uint8_t *codes;
     float inverse;         // of the largest
+    float scaled;          // times the map's scale
     bool waiting = false;  // to be encoded
 
-    // Takes what needs no search: a block of zeros, and one that is not finite.
+    // Takes a block of zeros, and what lines are not for: one that is too large, or not finite.
     void close(const Map &map, uint32_t peak, uint8_t *to, float *absmax) {
         const float largest = float_of(peak);
         *absmax = largest;
         codes = to;
         inverse = 1.0f / (peak > 0x00800000u ? largest : 0x1p-126f);
-        waiting = peak != 0 && peak < 0x7F800000u;
+        scaled = inverse * map.scale;
+        waiting = peak != 0 && peak <= kLargestPeak;
         if (peak == 0) std::memset(codes, kSigned ? 127 : 0, kBlock);
-        if (peak >= 0x7F800000u) {
+        if (peak > kLargestPeak) {
             for (size_t i = 0; i < kBlock; ++i) settle(map, i);
         }
     }
@@ -161,7 +163,7 @@ struct Moment {
     }
 
     LEAPALIGN_METHOD void encode(const Encoder<kSigned> &encoder, size_t i) {
-        doubts[i / kGroup] = encoder.encode(values + i, spread(inverse), codes + i);
+        doubts[i / kGroup] = encoder.encode(values + i, spread(scaled), codes + i);
     }
 
     LEAPALIGN_METHOD void settle(const Map &map, size_t i) const {
@@ -180,7 +182,7 @@ struct Moment {
         for (size_t i = 0; i < kBlock; i += kWidth) {
             if (!doubts[i / kGroup].elements()) continue;
             Doubt doubt;
-            doubt.include(encoder.places(values + i, spread(inverse)));
+            doubt.include(encoder.places(values + i, spread(scaled)));
             uint32_t elements = doubt.elements();
             for (size_t j = i; elements; ++j, elements >>= 1) {
                 if (elements & 1) settle(map, j);

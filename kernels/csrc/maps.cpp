@@ -52,44 +52,27 @@ void fill_lowest(Map &map) {
 
 void fill_lines(Map &map) {
     const int zero = map.is_signed ? 127 : 0;
-    int starts[9];  // the first place of each slot
+    const double last = map.edges[255], scale = kLastRange * (1 + 0x1p-21) / (last + kShift);  // above it by the errors
+    map.scale = static_cast<float>(scale);
+    map.shift = static_cast<float>(scale * kShift);
     for (int slot = 0; slot < 8; ++slot) {
         const int parts = map.is_signed ? 1 << slot : 2 << slot;
-        starts[slot] = map.is_signed ? parts : parts - 1;
-        double slope = std::pow(10.0, 6 - slot) * parts / 0.9, offset = starts[slot] - parts / 9.0;
-        if (slot == 0 && map.is_signed) {  // from 0 at 0 to 1 at the edge between them
-            slope = 1 / double{map.edges[zero + 1]}, offset = 0;
-        } else if (slot == 0) {  // from 1.5 to 2: 0 is not emitted
-            slope = 0.5 / double{map.edges[2]}, offset = 1.5;
+        const int start = map.is_signed ? parts : parts - 1, end = slot < 7 ? start + parts : start + 1;  // places
+        double slope = std::pow(10.0, 6 - slot) * parts / 0.9, offset = start - parts / 9.0, later = 0.75 * end - 0.25;
+        if (slot == 0) {  // from 0 or 1 up to the next place, and what is later from there
+            const double first = map.edges[zero + end - 1], second = map.edges[zero + end];
+            if (!map.is_signed) slope = 0.9 / first;
+            offset = end - 1 - slope * first;
+            later = end - 0.25 * (slope * second + offset);
         } else if (slot == 7) {  // the value 1
-            slope = 0, offset = starts[slot] + 0.5;
+            slope *= 5;  // that of the slot before
+            offset = start - slope * last;
         }
-        map.slope[slot] = static_cast<float>(slope);
-        map.offset[slot] = static_cast<float>(offset + kMargin);
-    }
-    starts[8] = starts[7] + 1;
-    for (int slot = 0; slot < 8; ++slot) {
-        map.cap[slot] = static_cast<float>(starts[slot + 1] - 0.5);
-        map.above[slot] = slot < 7 ? map.edges[zero + starts[slot + 1]] : std::numeric_limits<float>::infinity();
-    }
-    map.cap[7] += 0.25f;  // above its offset
-    map.tie = std::numeric_limits<float>::infinity();
-    for (int slot = 0; map.is_signed && slot < 7; ++slot) {
-        const int code = zero + starts[slot + 1];
-        const double middle = (double{map.values[code - 1]} + map.values[code]) / 2;  // exact
-        if (middle != map.above[slot]) continue;
-        if (map.tie <= 1) throw std::logic_error("two boundaries between slots are exact");
-        map.tie = map.above[slot];
-    }
-    for (uint32_t upper = 49; upper <= 64; ++upper) {
-        const float least = float_of(upper << 24);
-        int slot = 0;
-        while (map.above[slot] < least) ++slot;
-        map.range_slope[upper % 16] = map.slope[slot];
-        map.range_offset[upper % 16] = map.offset[slot];
-        map.range_cap[upper % 16] = map.cap[slot];
-        const bool ends = map.above[slot] < 4 * least;
-        map.range_above[upper % 16] = ends ? map.above[slot] : std::numeric_limits<float>::infinity();
+        for (int entry = (range_of(kLastRange) + slot + 1) % 8; entry < 16; entry += 8) {
+            map.slope[entry] = static_cast<float>(slope / scale);
+            map.offset[entry] = static_cast<float>(offset - slope * kShift + kMargin);
+            map.later[entry] = static_cast<float>(later + 0.75 * kMargin);
+        }
     }
 }
 

@@ -17,17 +17,14 @@ struct Map {
     float edges[256];         // the largest float that still has a lower code; -inf for code 0
     uint8_t lowest[1 << 16];  // of the floats with these upper 16 bits, the lowest code
 
-    float slope[8], offset[8];  // of each slot's line; the offset includes kMargin
-    float cap[8];               // half a place below the first one of the next slot
-    float above[8];             // the largest |y| in the slot
-    // The |y| exactly between the last place of a slot and the first of the next, inf if there is none: with equal
-    // distances the lower code has the lower place or, where y < 0, the higher one, so that it is to be looked up.
-    float tie;
-
-    // For |y| >= 2^-29, by its bits from 24 up, modulo 16: of the slot in which such a range, [4^k, 4^(k+1)) / 2, begins.
-    // In none there is more than one slot's end, and after one the next range begins in the next slot.
-    float range_slope[16], range_offset[16], range_cap[16];
-    float range_above[16];  // the largest |y| in the slot, if that ends in the range
+    // size = scale |y| + shift has a range, see range_of, for each slot: it begins above the end of the slot before and
+    // no later than in the third of its own places, but that of the value 1, which begins at its end. By ranges modulo 8,
+    // twice, the slots' lines over the size; the offset includes kMargin.
+    float scale, shift;
+    float slope[16], offset[16];
+    // The last boundary of a slot is 2 of its places above the one before, and the next one 4: these are on the line
+    // place = slot's / 4 + later, which is below the slot's where it counts.
+    float later[16];
 
     // Values as lines over the number of the magnitude, f = |code - 127| in the signed map and code + 1 in the unsigned
     // one, for each exponent of f (modulo 16): the value has the bits of fma(f, value_slope, value_offset) and fixes more,
@@ -45,9 +42,10 @@ struct Map {
     }
 };
 
-// A line's place is within kMargin of the exact one: at 256 places a decade's width of 0.9, in units of 2^-24: half a
-// place's last bit (128) for the product, as much for the slope, 57 for the offset, 213 for the map's values, each
-// within 1.5 of its ideal, and 142 for rounding a boundary down: 668 in all, 2^-14.6.
+// A line's place is within kMargin of the exact one: at 256 places a decade's width of 0.9, in units of 2^-24, 128 for
+// rounding the place, 80 for its slope, 64 for its offset, 114 for rounding the size, 142 for its factor and 71 because y
+// is rounded, 213 for the map's values, each within 1.5 of its ideal, and 142 for rounding a boundary down: 954 in all,
+// 2^-14.1. What is on the later line has at most 129 places and a quarter of its slot's errors.
 constexpr float kMargin = 0x1p-14f;
 
 // Encoders compute places in units of 2^-16. Those that are nearer to an integer than kMargin, one of 8192, are decided by
@@ -61,10 +59,18 @@ static_assert(2 * kMargin * kUnit == kDoubt);
 constexpr float kBase = 0x1p23f;
 constexpr int kBaseUpper = 0x4B00;
 
-// The upper half of the bits of |y| >= kSmallest, times kSlotFactor and shifted: log10 |y| + 38.23, within 0.03, rounded
-// down. Modulo 8 that is the slot or one less: of the slot's decade it increases at 0.77, and slots end before 0.31.
-constexpr int kSlotFactor = 19728, kSlotShift = 23;  // 0.30103 / 128
-constexpr float kSmallest = 1e-6f / 8;  // what is smaller has the same code
+// A range is the upper half of the bits of a size, times kRangeFactor and shifted: logarithms to the base 8.8, rounded
+// down. Range 40 begins at kLastRange, that of the value 1, and the seven below it where Map wants it, for both maps, 0.9%
+// from where they may not. With kShift added to |y|, none is lower.
+constexpr int kRangeFactor = 20932, kRangeShift = 23;
+constexpr float kLastRange = 0x1.3ep-2f, kShift = 0x1.2p-22f;
+
+LEAPALIGN_INLINE int range_of(float size) {
+    return static_cast<int>(bits_of(size) >> 16) * kRangeFactor >> kRangeShift;
+}
+
+// Of larger blocks, the scaled inverse may be subnormal, with fewer bits.
+constexpr uint32_t kLargestPeak = 0x7D800000;  // 2^124
 
 const Map &signed_map();
 const Map &unsigned_map();

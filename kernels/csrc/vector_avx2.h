@@ -114,40 +114,34 @@ struct Doubt {
 
 template <bool kSigned>
 struct Encoder {
-    Vector slope, offset, cap, above, tie;
+    Vector slope, offset, later, shift;
 
-    explicit Encoder(const Map &map) : tie(spread(map.tie)) {
+    explicit Encoder(const Map &map) : shift(spread(map.shift)) {
         const Vector unit = spread(kUnit), base = spread(kSigned ? kBase : 0.0f);
         slope = mul(load(map.slope), unit);
         offset = add(mul(load(map.offset), unit), base);
-        cap = add(mul(load(map.cap), unit), base);
-        alignas(32) float last[kWidth];
-        std::memcpy(last, map.above, sizeof last);
-        last[7] = -1;  // no slot is guessed to be 7, but what is below slot 0 modulo 8
-        above = load(last);
+        later = add(mul(load(map.later), unit), mul(base, spread(0.75f)));
     }
 
     // Places, in units of 2^-16; in the signed map as the bits of kBase plus them.
-    LEAPALIGN_METHOD __m256i places(const float *x, Vector inverse) const {
-        const Vector y = mul(load(x), inverse);
-        const Vector size = _mm256_max_ps(kSigned ? _mm256_andnot_ps(spread(-0.0f), y) : y, spread(kSmallest));
-        // Slots modulo 8, or one less.
-        __m256i slot = _mm256_srli_epi32(_mm256_madd_epi16(bits(size), _mm256_set1_epi32(kSlotFactor << 16)), kSlotShift);
-        const Vector next = _mm256_cmp_ps(size, _mm256_permutevar8x32_ps(above, slot), _CMP_GT_OQ);
-        slot = _mm256_sub_epi32(slot, bits(next));
-        const Vector rise = _mm256_permutevar8x32_ps(slope, slot), start = _mm256_permutevar8x32_ps(offset, slot);
-        const Vector place = _mm256_min_ps(_mm256_fmadd_ps(size, rise, start), _mm256_permutevar8x32_ps(cap, slot));
-        if (!kSigned) return _mm256_cvttps_epi32(place);
-        return bits(_mm256_andnot_ps(_mm256_cmp_ps(size, tie, _CMP_EQ_OQ), place));  // a tie: in doubt
+    LEAPALIGN_METHOD __m256i places(const float *x, Vector scaled) const {
+        const Vector magnitude = kSigned ? _mm256_andnot_ps(spread(-0.0f), load(x)) : load(x);
+        const Vector size = _mm256_fmadd_ps(magnitude, scaled, shift);
+        const __m256i products = _mm256_madd_epi16(bits(size), _mm256_set1_epi32(kRangeFactor << 16));
+        const __m256i range = _mm256_srli_epi32(products, kRangeShift);
+        const Vector rise = _mm256_permutevar8x32_ps(slope, range), start = _mm256_permutevar8x32_ps(offset, range);
+        const Vector place = _mm256_fmadd_ps(size, rise, start);
+        const Vector next = _mm256_fmadd_ps(place, spread(0.25f), _mm256_permutevar8x32_ps(later, range));
+        return kSigned ? bits(_mm256_min_ps(place, next)) : _mm256_cvttps_epi32(_mm256_min_ps(place, next));
     }
 
     // Writes the codes of a group. Those of elements in doubt are to be looked up.
-    LEAPALIGN_METHOD Doubt encode(const float *x, Vector inverse, uint8_t *codes) const {
+    LEAPALIGN_METHOD Doubt encode(const float *x, Vector scaled, uint8_t *codes) const {
         __m256i words[2];
         Doubt doubt;
         for (size_t i = 0; i < 2; ++i) {
             const float *from = x + 2 * kWidth * i;
-            const __m256i first = places(from, inverse), second = places(from + kWidth, inverse);
+            const __m256i first = places(from, scaled), second = places(from + kWidth, scaled);
             doubt.include(first);
             doubt.include(second);
             words[i] = _mm256_packus_epi32(_mm256_srli_epi32(first, 16), _mm256_srli_epi32(second, 16));

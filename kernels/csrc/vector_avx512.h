@@ -186,36 +186,34 @@ struct Doubt {
 
 template <bool kSigned>
 struct Encoder {
-    Vector slope, offset, cap, above, tie;
+    Vector slope, offset, later, shift;
 
-    explicit Encoder(const Map &map) : above(load(map.range_above)), tie(spread(map.tie)) {
+    explicit Encoder(const Map &map) : shift(spread(map.shift)) {
         const Vector unit = spread(kUnit), base = spread(kSigned ? kBase : 0.0f);
-        slope = mul(load(map.range_slope), unit);
-        offset = add(mul(load(map.range_offset), unit), base);
-        cap = add(mul(load(map.range_cap), unit), base);
+        slope = mul(load(map.slope), unit);
+        offset = add(mul(load(map.offset), unit), base);
+        later = add(mul(load(map.later), unit), mul(base, spread(0.75f)));
     }
 
-    // Places, in units of 2^-16; in the signed map as the bits of kBase plus them. What is above the slot that its range
-    // begins in has the line of the next range, which begins in the next slot.
-    LEAPALIGN_METHOD __m512i places(const float *x, Vector inverse) const {
-        const Vector y = mul(load(x), inverse), smallest = spread(kSmallest);
-        const Vector size = kSigned ? _mm512_range_ps(y, smallest, 0x0B) : _mm512_max_ps(y, smallest);  // |y|, if larger
-        __m512i range = _mm512_srli_epi32(bits(size), 24);
-        const __mmask16 next = _mm512_cmp_ps_mask(size, _mm512_permutexvar_ps(range, above), _CMP_GT_OQ);
-        range = _mm512_mask_add_epi32(range, next, range, _mm512_set1_epi32(1));
+    // Places, in units of 2^-16; in the signed map as the bits of kBase plus them.
+    LEAPALIGN_METHOD __m512i places(const float *x, Vector scaled) const {
+        const Vector magnitude = kSigned ? _mm512_abs_ps(load(x)) : load(x);
+        const Vector size = _mm512_fmadd_ps(magnitude, scaled, shift);
+        const __m512i products = _mm512_madd_epi16(bits(size), _mm512_set1_epi32(kRangeFactor << 16));
+        const __m512i range = _mm512_srli_epi32(products, kRangeShift);
         const Vector rise = _mm512_permutexvar_ps(range, slope), start = _mm512_permutexvar_ps(range, offset);
-        const Vector place = _mm512_fmadd_ps(size, rise, start), most = _mm512_permutexvar_ps(range, cap);
-        if (!kSigned) return _mm512_cvttps_epi32(_mm512_min_ps(place, most));
-        return bits(_mm512_maskz_min_ps(_mm512_cmp_ps_mask(size, tie, _CMP_NEQ_OQ), place, most));  // a tie: in doubt
+        const Vector place = _mm512_fmadd_ps(size, rise, start);
+        const Vector next = _mm512_fmadd_ps(place, spread(0.25f), _mm512_permutexvar_ps(range, later));
+        return kSigned ? bits(_mm512_min_ps(place, next)) : _mm512_cvttps_epi32(_mm512_min_ps(place, next));
     }
 
     // Writes the codes of a group. Those of elements in doubt are to be looked up.
-    LEAPALIGN_METHOD Doubt encode(const float *x, Vector inverse, uint8_t *codes) const {
+    LEAPALIGN_METHOD Doubt encode(const float *x, Vector scaled, uint8_t *codes) const {
         __m512i words[2];
         Doubt doubt;
         for (size_t i = 0; i < 2; ++i) {
             const float *from = x + 2 * kWidth * i;
-            const __m512i first = places(from, inverse), second = places(from + kWidth, inverse);
+            const __m512i first = places(from, scaled), second = places(from + kWidth, scaled);
             doubt.include(first);
             doubt.include(second);
             words[i] = _mm512_packus_epi32(_mm512_srli_epi32(first, 16), _mm512_srli_epi32(second, 16));
