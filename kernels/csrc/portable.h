@@ -28,9 +28,12 @@
 // Keeps a compiler from gathering such values in a vector: that takes more instructions than it saves.
 #if defined(__GNUC__)
 #define LEAPALIGN_SCALAR(value) __asm__("" : "+r"(value))
+// Keeps a compiler from making a constant anew wherever it is needed: that takes the permutations' port, loads do not.
+#define LEAPALIGN_KEPT(vector) __asm__("" : "+v"(vector))
 #define LEAPALIGN_UNROLL _Pragma("GCC unroll 32")
 #else
 #define LEAPALIGN_SCALAR(value)
+#define LEAPALIGN_KEPT(vector)
 #define LEAPALIGN_UNROLL
 #endif
 

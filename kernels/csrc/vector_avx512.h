@@ -76,8 +76,14 @@ struct UnsignedPeak {
 LEAPALIGN_INLINE __m512i load_codes(const uint8_t *codes) {
     return _mm512_permutexvar_epi64(_mm512_set_epi64(7, 3, 6, 2, 5, 1, 4, 0), _mm512_loadu_si512(codes));
 }
-LEAPALIGN_INLINE void store_codes(uint8_t *codes, __m512i bytes) {
-    _mm512_storeu_si512(codes, _mm512_permutexvar_epi64(_mm512_set_epi64(7, 5, 3, 1, 6, 4, 2, 0), bytes));
+LEAPALIGN_INLINE __m512i in_memory(__m512i bytes) {
+    return _mm512_permutexvar_epi64(_mm512_set_epi64(7, 5, 3, 1, 6, 4, 2, 0), bytes);
+}
+
+LEAPALIGN_INLINE __m512i kept(uint32_t each) {
+    __m512i all = _mm512_set1_epi32(static_cast<int32_t>(each));
+    LEAPALIGN_KEPT(all);
+    return all;
 }
 
 #if defined(__AVX512VBMI__)
@@ -88,6 +94,7 @@ template <bool kSigned>
 struct Decoder {
     static constexpr size_t kTables = kSigned ? 2 : 4;
     alignas(64) uint8_t tables[4][kTables][64];
+    __m512i sixty_fours = kept(0x40404040), ones = kept(0x01010101), signs = kept(0x80808080), zeros = kept(0x7F7F7F7F);
 
     explicit Decoder(const Map &map) {
         for (size_t i = 0; i < 64 * kTables; ++i) {
@@ -103,13 +110,13 @@ struct Decoder {
         __m512i index = code, bytes[4];
         __mmask64 above[3], nonzero{};
         if (kSigned) {
-            index = _mm512_abs_epi8(_mm512_sub_epi8(code, _mm512_set1_epi8(127)));
+            index = _mm512_abs_epi8(_mm512_sub_epi8(code, zeros));
             nonzero = _mm512_test_epi8_mask(index, index);
-            above[0] = _mm512_test_epi8_mask(index, _mm512_set1_epi8(64));
+            above[0] = _mm512_test_epi8_mask(index, sixty_fours);
         } else {
-            above[0] = _mm512_cmpge_epu8_mask(code, _mm512_set1_epi8(64));
+            above[0] = _mm512_test_epi8_mask(code, sixty_fours);  // of those above 128, undone by the third
             above[1] = _mm512_movepi8_mask(code);
-            above[2] = _mm512_cmpge_epu8_mask(code, _mm512_set1_epi8(-64));
+            above[2] = _kand_mask64(above[0], above[1]);
         }
         for (size_t byte = 0; byte < 4; ++byte) {
             const auto table = [&](size_t i) { return _mm512_load_si512(tables[byte][i]); };
@@ -120,8 +127,8 @@ struct Decoder {
             }
         }
         if (kSigned) {  // negative below 127: no upper bit in code + 1, saturated
-            const __m512i sign = _mm512_adds_epu8(code, _mm512_set1_epi8(1));
-            bytes[3] = _mm512_ternarylogic_epi32(bytes[3], sign, _mm512_set1_epi8(-128), 0xF2);  // a | (~b & c)
+            const __m512i sign = _mm512_adds_epu8(code, ones);
+            bytes[3] = _mm512_ternarylogic_epi32(bytes[3], sign, signs, 0xF2);  // a | (~b & c)
         }
         const __m512i low_a = _mm512_unpacklo_epi8(bytes[0], bytes[1]), high_a = _mm512_unpacklo_epi8(bytes[2], bytes[3]);
         const __m512i low_b = _mm512_unpackhi_epi8(bytes[0], bytes[1]), high_b = _mm512_unpackhi_epi8(bytes[2], bytes[3]);
@@ -187,12 +194,17 @@ struct Doubt {
 template <bool kSigned>
 struct Encoder {
     Vector slope, offset, later, shift;
+    alignas(64) uint8_t order[64];  // of the bytes of four vectors
+    __m512i halves = kept(0xFFFF0000u), odd = kept(0xFF00FF00u), zeros = kept(0x7F7F7F7F);
 
     explicit Encoder(const Map &map) : shift(spread(map.shift)) {
         const Vector unit = spread(kUnit), base = spread(kSigned ? kBase : 0.0f);
         slope = mul(load(map.slope), unit);
         offset = add(mul(load(map.offset), unit), base);
         later = add(mul(load(map.later), unit), mul(base, spread(0.75f)));
+        for (size_t i = 0; i < kGroup; ++i) {
+            order[element_of(i)] = static_cast<uint8_t>(4 * (i % kWidth) + i / (2 * kWidth) + 2 * (i / kWidth % 2));
+        }
     }
 
     // Places, in units of 2^-16; in the signed map as the bits of kBase plus them.
@@ -209,23 +221,52 @@ struct Encoder {
 
     // Writes the codes of a group. Those of elements in doubt are to be looked up.
     LEAPALIGN_METHOD Doubt encode(const float *x, Vector scaled, uint8_t *codes) const {
-        __m512i words[2];
+        __m512i all[4];
         Doubt doubt;
+        for (size_t i = 0; i < 4; ++i) {
+            all[i] = places(x + kWidth * i, scaled);
+            doubt.include(all[i]);
+        }
+        _mm512_storeu_si512(codes, packed(all, x));
+        return doubt;
+    }
+
+#if defined(__AVX512VBMI__)
+
+    // The third bytes, in the order of memory, and then the sum or the difference of 127 and each.
+    LEAPALIGN_METHOD __m512i packed(const __m512i (&all)[4], const float *x) const {
+        __m512i words[2];
+        for (size_t i = 0; i < 2; ++i) {  // a | (b & c)
+            words[i] = _mm512_ternarylogic_epi32(_mm512_srli_epi32(all[2 * i], 16), all[2 * i + 1], halves, 0xF8);
+        }
+        __m512i bytes = _mm512_ternarylogic_epi32(words[0], _mm512_slli_epi32(words[1], 8), odd, 0xD8);  // c ? b : a
+        bytes = _mm512_permutexvar_epi8(_mm512_load_si512(order), bytes);
+        if (!kSigned) return bytes;
+        for (size_t i = 0; i < 2; ++i) {
+            words[i] = _mm512_packs_epi32(_mm512_loadu_si512(x + 2 * kWidth * i), _mm512_loadu_si512(x + 2 * kWidth * i + kWidth));
+        }
+        const __mmask64 negative = _mm512_movepi8_mask(in_memory(_mm512_packs_epi16(words[0], words[1])));
+        return _mm512_mask_subs_epu8(_mm512_add_epi8(zeros, bytes), negative, zeros, bytes);  // 127 - 128 is 0
+    }
+
+#else
+
+    // The upper words; in the signed map the sum and the difference of 127 and them; as bytes.
+    LEAPALIGN_METHOD __m512i packed(const __m512i (&all)[4], const float *x) const {
+        __m512i words[2];
         for (size_t i = 0; i < 2; ++i) {
             const float *from = x + 2 * kWidth * i;
-            const __m512i first = places(from, scaled), second = places(from + kWidth, scaled);
-            doubt.include(first);
-            doubt.include(second);
-            words[i] = _mm512_packus_epi32(_mm512_srli_epi32(first, 16), _mm512_srli_epi32(second, 16));
-            if (kSigned) {  // the sum and the difference of 127 and the place; 127 - 128 is made 0 below
+            words[i] = _mm512_packus_epi32(_mm512_srli_epi32(all[2 * i], 16), _mm512_srli_epi32(all[2 * i + 1], 16));
+            if (kSigned) {  // 127 - 128 is made 0 below
                 const __m512i signs = _mm512_packs_epi32(_mm512_loadu_si512(from), _mm512_loadu_si512(from + kWidth));
                 const __m512i sum = _mm512_add_epi16(words[i], _mm512_set1_epi16(127 - kBaseUpper));
                 words[i] = _mm512_mask_sub_epi16(sum, _mm512_movepi16_mask(signs), _mm512_set1_epi16(127 + kBaseUpper), words[i]);
             }
         }
-        store_codes(codes, _mm512_packus_epi16(words[0], words[1]));
-        return doubt;
+        return in_memory(_mm512_packus_epi16(words[0], words[1]));
     }
+
+#endif
 };
 
 using Draws = Philox<8>;
