@@ -135,7 +135,7 @@ struct Moment {
     Doubt doubts[kBlock / kGroup];
     uint8_t *codes;
     float inverse;         // of the largest
-    float scaled;          // times the map's scale
+    float factor;          // the inverse as the encoder takes it
     bool waiting = false;  // to be encoded
 
     // Takes a block of zeros, and what lines are not for: one that is too large, or not finite.
@@ -144,7 +144,7 @@ struct Moment {
         *absmax = largest;
         codes = to;
         inverse = 1.0f / (peak > 0x00800000u ? largest : 0x1p-126f);
-        scaled = inverse * map.scale;
+        factor = Encoder<kSigned>::factor_of(map, inverse);
         waiting = peak != 0 && peak <= kLargestPeak;
         if (peak == 0) std::memset(codes, kSigned ? 127 : 0, kBlock);
         if (peak > kLargestPeak) {
@@ -163,7 +163,7 @@ struct Moment {
     }
 
     LEAPALIGN_METHOD void encode(const Encoder<kSigned> &encoder, size_t i) {
-        doubts[i / kGroup] = encoder.encode(values + i, spread(scaled), codes + i);
+        doubts[i / kGroup] = encoder.encode(values + i, spread(factor), codes + i);
     }
 
     LEAPALIGN_METHOD void settle(const Map &map, size_t i) const {
@@ -182,7 +182,7 @@ struct Moment {
         for (size_t i = 0; i < kBlock; i += kWidth) {
             if (!doubts[i / kGroup].elements()) continue;
             Doubt doubt;
-            doubt.include(encoder.places(values + i, spread(scaled)));
+            doubt.include(encoder.places(values + i, spread(factor)));
             uint32_t elements = doubt.elements();
             for (size_t j = i; elements; ++j, elements >>= 1) {
                 if (elements & 1) settle(map, j);

@@ -17,13 +17,13 @@ struct Map {
     float edges[256];         // the largest float that still has a lower code; -inf for code 0
     uint8_t lowest[1 << 16];  // of the floats with these upper 16 bits, the lowest code
 
-    // size = scale |y| + shift has a range, see range_of, for each slot: it begins above the end of the slot before and
-    // no later than in the third of its own places, but that of the value 1, which begins at its end. By ranges modulo 8,
-    // twice, the slots' lines over the size; the offset includes kMargin.
+    // size = scale |y| + shift has a range, see range_of, for each slot: it begins above the end of the slot before, and
+    // that of the value 1 at this end. By ranges modulo 8, twice: the slots' lines over the size; offsets include kMargin.
     float scale, shift;
     float slope[16], offset[16];
-    // The last boundary of a slot is 2 of its places above the one before, and the next one 4: these are on the line
-    // place = slot's / 4 + later, which is below the slot's where it counts.
+    // A slot ends two of its widths above its last boundary, and four above that is the next slot's first one; then they
+    // are five apart. The first two are on the line place = slot's / 4 + later, which is the lower one from there. A width
+    // before the third, it is a place ahead: by then, the next range has begun.
     float later[16];
 
     // Values as lines over the number of the magnitude, f = |code - 127| in the signed map and code + 1 in the unsigned

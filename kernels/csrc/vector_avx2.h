@@ -130,10 +130,12 @@ struct Encoder {
         later = add(mul(load(map.later), unit), mul(base, spread(0.75f)));
     }
 
+    LEAPALIGN_METHOD static float factor_of(const Map &map, float inverse) { return inverse * map.scale; }
+
     // Places, in units of 2^-16; in the signed map as the bits of kBase plus them.
-    LEAPALIGN_METHOD __m256i places(const float *x, Vector scaled) const {
+    LEAPALIGN_METHOD __m256i places(const float *x, Vector factor) const {
         const Vector magnitude = kSigned ? _mm256_andnot_ps(spread(-0.0f), load(x)) : load(x);
-        const Vector size = _mm256_fmadd_ps(magnitude, scaled, shift);
+        const Vector size = _mm256_fmadd_ps(magnitude, factor, shift);
         const __m256i products = _mm256_madd_epi16(bits(size), _mm256_set1_epi32(kRangeFactor << 16));
         const __m256i range = _mm256_srli_epi32(products, kRangeShift);
         const Vector rise = _mm256_permutevar8x32_ps(slope, range), start = _mm256_permutevar8x32_ps(offset, range);
@@ -143,12 +145,12 @@ struct Encoder {
     }
 
     // Writes the codes of a group. Those of elements in doubt are to be looked up.
-    LEAPALIGN_METHOD Doubt encode(const float *x, Vector scaled, uint8_t *codes) const {
+    LEAPALIGN_METHOD Doubt encode(const float *x, Vector factor, uint8_t *codes) const {
         __m256i words[2];
         Doubt doubt;
         for (size_t i = 0; i < 2; ++i) {
             const float *from = x + 2 * kWidth * i;
-            const __m256i first = places(from, scaled), second = places(from + kWidth, scaled);
+            const __m256i first = places(from, factor), second = places(from + kWidth, factor);
             doubt.include(first);
             doubt.include(second);
             words[i] = _mm256_packus_epi32(_mm256_srli_epi32(first, 16), _mm256_srli_epi32(second, 16));

@@ -207,10 +207,12 @@ struct Encoder {
         }
     }
 
+    LEAPALIGN_METHOD static float factor_of(const Map &map, float inverse) { return inverse * map.scale; }
+
     // Places, in units of 2^-16; in the signed map as the bits of kBase plus them.
-    LEAPALIGN_METHOD __m512i places(const float *x, Vector scaled) const {
+    LEAPALIGN_METHOD __m512i places(const float *x, Vector factor) const {
         const Vector magnitude = kSigned ? _mm512_abs_ps(load(x)) : load(x);
-        const Vector size = _mm512_fmadd_ps(magnitude, scaled, shift);
+        const Vector size = _mm512_fmadd_ps(magnitude, factor, shift);
         const __m512i products = _mm512_madd_epi16(bits(size), _mm512_set1_epi32(kRangeFactor << 16));
         const __m512i range = _mm512_srli_epi32(products, kRangeShift);
         const Vector rise = _mm512_permutexvar_ps(range, slope), start = _mm512_permutexvar_ps(range, offset);
@@ -220,11 +222,11 @@ struct Encoder {
     }
 
     // Writes the codes of a group. Those of elements in doubt are to be looked up.
-    LEAPALIGN_METHOD Doubt encode(const float *x, Vector scaled, uint8_t *codes) const {
+    LEAPALIGN_METHOD Doubt encode(const float *x, Vector factor, uint8_t *codes) const {
         __m512i all[4];
         Doubt doubt;
         for (size_t i = 0; i < 4; ++i) {
-            all[i] = places(x + kWidth * i, scaled);
+            all[i] = places(x + kWidth * i, factor);
             doubt.include(all[i]);
         }
         _mm512_storeu_si512(codes, packed(all, x));
@@ -243,7 +245,8 @@ struct Encoder {
         bytes = _mm512_permutexvar_epi8(_mm512_load_si512(order), bytes);
         if (!kSigned) return bytes;
         for (size_t i = 0; i < 2; ++i) {
-            words[i] = _mm512_packs_epi32(_mm512_loadu_si512(x + 2 * kWidth * i), _mm512_loadu_si512(x + 2 * kWidth * i + kWidth));
+            const float *from = x + 2 * kWidth * i;
+            words[i] = _mm512_packs_epi32(_mm512_loadu_si512(from), _mm512_loadu_si512(from + kWidth));
         }
         const __mmask64 negative = _mm512_movepi8_mask(in_memory(_mm512_packs_epi16(words[0], words[1])));
         return _mm512_mask_subs_epu8(_mm512_add_epi8(zeros, bytes), negative, zeros, bytes);  // 127 - 128 is 0

@@ -71,6 +71,8 @@ struct Encoder {
     const Map &map;
     explicit Encoder(const Map &of) : map(of) {}
 
+    LEAPALIGN_METHOD static float factor_of(const Map &, float inverse) { return inverse; }
+
     LEAPALIGN_METHOD Doubt places(const float *, Vector) const { return {}; }
 
     // Writes the codes of a group.
