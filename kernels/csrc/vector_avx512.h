@@ -76,8 +76,8 @@ struct UnsignedPeak {
 LEAPALIGN_INLINE __m512i load_codes(const uint8_t *codes) {
     return _mm512_permutexvar_epi64(_mm512_set_epi64(7, 3, 6, 2, 5, 1, 4, 0), _mm512_loadu_si512(codes));
 }
-LEAPALIGN_INLINE __m512i in_memory(__m512i bytes) {
-    return _mm512_permutexvar_epi64(_mm512_set_epi64(7, 5, 3, 1, 6, 4, 2, 0), bytes);
+LEAPALIGN_INLINE void store_codes(uint8_t *codes, __m512i bytes) {
+    _mm512_storeu_si512(codes, _mm512_permutexvar_epi64(_mm512_set_epi64(7, 5, 3, 1, 6, 4, 2, 0), bytes));
 }
 
 LEAPALIGN_INLINE __m512i kept(uint32_t each) {
@@ -194,7 +194,6 @@ struct Doubt {
 template <bool kSigned>
 struct Encoder {
     Vector slope, offset, later, shift;
-    alignas(64) uint8_t order[64];  // of the bytes of four vectors
     __m512i halves = kept(0xFFFF0000u), odd = kept(0xFF00FF00u), zeros = kept(0x7F7F7F7F);
 
     explicit Encoder(const Map &map) : shift(spread(map.shift)) {
@@ -202,9 +201,6 @@ struct Encoder {
         slope = mul(load(map.slope), unit);
         offset = add(mul(load(map.offset), unit), base);
         later = add(mul(load(map.later), unit), mul(base, spread(0.75f)));
-        for (size_t i = 0; i < kGroup; ++i) {
-            order[element_of(i)] = static_cast<uint8_t>(4 * (i % kWidth) + i / (2 * kWidth) + 2 * (i / kWidth % 2));
-        }
     }
 
     LEAPALIGN_METHOD static float factor_of(const Map &map, float inverse) { return inverse * map.scale; }
@@ -229,47 +225,29 @@ struct Encoder {
             all[i] = places(x + kWidth * i, factor);
             doubt.include(all[i]);
         }
-        _mm512_storeu_si512(codes, packed(all, x));
+        store_codes(codes, packed(all, x));
         return doubt;
     }
 
-#if defined(__AVX512VBMI__)
-
-    // The third bytes, in the order of memory, and then the sum or the difference of 127 and each.
+    // The third bytes, and then the sum or the difference of 127 and each.
     LEAPALIGN_METHOD __m512i packed(const __m512i (&all)[4], const float *x) const {
         __m512i words[2];
         for (size_t i = 0; i < 2; ++i) {  // a | (b & c)
             words[i] = _mm512_ternarylogic_epi32(_mm512_srli_epi32(all[2 * i], 16), all[2 * i + 1], halves, 0xF8);
         }
         __m512i bytes = _mm512_ternarylogic_epi32(words[0], _mm512_slli_epi32(words[1], 8), odd, 0xD8);  // c ? b : a
-        bytes = _mm512_permutexvar_epi8(_mm512_load_si512(order), bytes);
-        if (!kSigned) return bytes;
-        for (size_t i = 0; i < 2; ++i) {
-            const float *from = x + 2 * kWidth * i;
-            words[i] = _mm512_packs_epi32(_mm512_loadu_si512(from), _mm512_loadu_si512(from + kWidth));
-        }
-        const __mmask64 negative = _mm512_movepi8_mask(in_memory(_mm512_packs_epi16(words[0], words[1])));
-        return _mm512_mask_subs_epu8(_mm512_add_epi8(zeros, bytes), negative, zeros, bytes);  // 127 - 128 is 0
-    }
-
-#else
-
-    // The upper words; in the signed map the sum and the difference of 127 and them; as bytes.
-    LEAPALIGN_METHOD __m512i packed(const __m512i (&all)[4], const float *x) const {
-        __m512i words[2];
-        for (size_t i = 0; i < 2; ++i) {
-            const float *from = x + 2 * kWidth * i;
-            words[i] = _mm512_packus_epi32(_mm512_srli_epi32(all[2 * i], 16), _mm512_srli_epi32(all[2 * i + 1], 16));
-            if (kSigned) {  // 127 - 128 is made 0 below
-                const __m512i signs = _mm512_packs_epi32(_mm512_loadu_si512(from), _mm512_loadu_si512(from + kWidth));
-                const __m512i sum = _mm512_add_epi16(words[i], _mm512_set1_epi16(127 - kBaseUpper));
-                words[i] = _mm512_mask_sub_epi16(sum, _mm512_movepi16_mask(signs), _mm512_set1_epi16(127 + kBaseUpper), words[i]);
+        // Of each lane, four from each vector, as packing would leave them.
+        bytes = _mm512_shuffle_epi8(bytes, _mm512_set4_epi32(0x0F0B0703, 0x0D090501, 0x0E0A0602, 0x0C080400));
+        if (kSigned) {
+            for (size_t i = 0; i < 2; ++i) {
+                const float *from = x + 2 * kWidth * i;
+                words[i] = _mm512_packs_epi32(_mm512_loadu_si512(from), _mm512_loadu_si512(from + kWidth));
             }
+            const __mmask64 negative = _mm512_movepi8_mask(_mm512_packs_epi16(words[0], words[1]));
+            bytes = _mm512_mask_subs_epu8(_mm512_add_epi8(zeros, bytes), negative, zeros, bytes);  // 127 - 128 is 0
         }
-        return in_memory(_mm512_packus_epi16(words[0], words[1]));
+        return bytes;
     }
-
-#endif
 };
 
 using Draws = Philox<8>;
