@@ -11,6 +11,7 @@ is above every reward, so that every image has a gradient.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -91,7 +92,7 @@ class Step:
 
 
 @dataclass
-class Way:
+class Way(ABC):
     """A model, its optimizer and a reward, ready for steps. `close` before another one is made.
 
     Attributes:
@@ -108,20 +109,21 @@ class Way:
     microbatch: int | None = None
     memory: dict[str, Measured] = field(default_factory=dict)
 
+    @abstractmethod
     def step(self, number: int, steps: int) -> Step:
         """One optimizer step with a rollout of so many steps."""
-        raise NotImplementedError
 
+    @abstractmethod
     def flops(self, steps: int) -> int:
         """Of such a step: matrix products, convolutions and attention, what is computed twice twice."""
-        raise NotImplementedError
 
     def smaller(self) -> bool:
         """Take half the images at once from now on; False if there is only one."""
         return False
 
+    @abstractmethod
     def close(self) -> None:
-        """Let go of the device."""
+        """Let go of what would outlive this object: threads, host memory, the allocator's limit."""
 
     def sample(self) -> list[Tensor]:
         """Copies of some weights of the first and the last linear layers, to see that steps change them."""
