@@ -40,6 +40,7 @@ RESULTS = Path(__file__).parent / "results"
 _ROOT = Path(__file__).parent.parent
 _START = 120.0  # seconds for a process to begin its first stage
 _GRACE = 10.0  # and for a stage to end by itself
+SEED = 0  # of the stages' draws: bench.step_ways.SEED, which is not imported here as that takes seconds
 _LAST = 6  # lines of a broken process's output that are kept
 
 
@@ -97,7 +98,8 @@ def run(options: argparse.Namespace, unknown: list[str]) -> int:
         print(f"bench gpu: error: {error}", file=sys.stderr)
         return 2
     measurement = Measurement({name: STAGES[name] for name in chosen}, options.minutes, options.tiny, before, path)
-    head = {"date": datetime.now(UTC).date().isoformat(), "command": _command(options), "sources": digests("gpu")}
+    head = {"date": datetime.now(UTC).date().isoformat(), "command": _command(options), "seed": [SEED],
+            "sources": digests("gpu")}  # fmt: skip
     measurement.result = {**head, **measurement.result}  # those of the oldest rows, where it is gone on
     try:
         with _terminated():
@@ -229,6 +231,8 @@ class Measurement:
     def _end(self, name: str, status: str, seconds: float = 0.0, error: str | None = None) -> None:
         found = self._found(name)
         found |= {"status": status, "seconds": round(seconds, 1), "error": error}
+        took = [stage.get("seconds", 0.0) for stage in self.result["stages"].values()]
+        self.result["command_seconds"] = round(sum(took), 1)
         self._waiting.remove(name)
         print(f"bench gpu: {name} {status}{f': {error}' if error else ''}", file=sys.stderr, flush=True)
         self._save()

@@ -38,6 +38,11 @@ def command(results: Sequence[Mapping[str, Any]]) -> str:
     return "Commands:\n\n" + "\n".join(f"- `{each}`" for each in commands)
 
 
+def device(result: Mapping[str, Any]) -> str:
+    """What a result's "device" is: the GPU's name, or threads and processor."""
+    return threads(result["machine"]) if result["device"] == "cpu" else str(result["device"])
+
+
 def threads(machine: Mapping[str, Any]) -> str:
     """Threads and processor, or the GPU."""
     if machine.get("gpu"):

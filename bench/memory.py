@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import record, trajectory
-from bench.simulate import Simulated, Workload, simulate
+from bench.simulate import SEED, Simulated, Workload, simulate
 from leapalign.architectures import FLUX1_DEV, SD35_MEDIUM
 from leapalign.engine.plan import MemoryPlan
 from leapalign.engine.workload import Budget
@@ -72,7 +72,7 @@ def run(options: argparse.Namespace, unknown: list[str]) -> int:
     result = {"settings": _settings(options, workload), **planned, **_as_dict(simulate(workload))}
     print(json.dumps(result, indent=1) if options.json else table(result))
     if options.output:
-        path = record.write(options.output, ["memory", *_command(options)], result)
+        path = record.write(options.output, ["memory", *_command(options)], result, seeds=[SEED])
         print(f"wrote {path.name}", file=sys.stderr)
     return 0
 

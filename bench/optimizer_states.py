@@ -169,7 +169,7 @@ def run(options: argparse.Namespace, unknown: list[str]) -> int:
     result = measured(_WIDTH)
     print(json.dumps(result, indent=1) if options.json else table(result))
     if options.output:
-        path = record.write(options.output, ["optimizer-states", "--output", options.output], result)
+        path = record.write(options.output, ["optimizer-states", "--output", options.output], result, seeds=[])
         print(f"wrote {path.name}", file=sys.stderr)
     return 0
 

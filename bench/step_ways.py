@@ -38,6 +38,7 @@ from leapalign.surrogates import LeapAlign
 DTYPE = torch.bfloat16
 METHOD = LeapAlign(alpha=0.1, tau=0.1, threshold=10.0)
 GUIDANCE, LEARNING_RATE = 3.5, 1e-5
+SEED = 0  # of noise and pairs; weights and embeddings have their own
 _SAMPLED = 2**16  # elements of a parameter that are looked at for changes
 
 
@@ -134,7 +135,7 @@ class Way(ABC):
         """The arguments of `alignment_gradients` but for the executor's."""
         task, pipeline = self.task, self.pipeline
         embeds = random_models.embeddings(task.sizes, task.batch)
-        noise = draw_noise(0, number, range(task.batch), pipeline.latent_shape(task.resolution))
+        noise = draw_noise(SEED, number, range(task.batch), pipeline.latent_shape(task.resolution))
         return {
             "transformer": pipeline.transformer,
             "conditioning": pipeline.conditioning(embeds, task.resolution, GUIDANCE),
@@ -142,7 +143,7 @@ class Way(ABC):
             "sigmas": pipeline.sigmas(steps, task.resolution),
             "reward": LatentReward(pipeline, self.reward, random_models.prompts(task.batch)),
             "method": METHOD,
-            "pairs": draw_pairs(0, number, range(task.batch), steps),
+            "pairs": draw_pairs(SEED, number, range(task.batch), steps),
         }
 
 

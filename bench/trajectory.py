@@ -19,7 +19,7 @@ import torch
 
 from bench import record
 from bench.growth import fit, spread
-from bench.simulate import Workload
+from bench.simulate import SEED, Workload
 from bench.trajectory_measured import measure
 from bench.trajectory_points import ENGINE, METHODS, count, exists
 from leapalign.architectures import FLUX1_DEV, SD35_MEDIUM
@@ -101,7 +101,7 @@ def run(options: argparse.Namespace, unknown: list[str], command: list[str]) -> 
     result = {"model": options.model or "shapes", "how": model.how, "how_in_words": _HOW[model.how], **result}
     print(json.dumps(result, indent=1) if options.json else table(result))
     if options.output:
-        path = record.write(options.output, ["memory", *command], result)
+        path = record.write(options.output, ["memory", *command], result, seeds=[SEED])
         print(f"wrote {path.name}", file=sys.stderr)
     return 0
 

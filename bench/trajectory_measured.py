@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.live_tensors import LiveTensors
-from bench.simulate import Workload, latents_shape, make_conditioning, make_transformer
+from bench.simulate import SEED, Workload, latents_shape, make_conditioning, make_transformer
 from bench.trajectory_points import ENGINE, engine_workload, run_graph
 from leapalign.engine.arena import HostArena
 from leapalign.engine.gradients import accumulation
@@ -106,7 +106,7 @@ class _Step:
 
     def __init__(self, workload: Workload, method: str) -> None:
         self.workload, self.method = workload, method
-        torch.manual_seed(0)
+        torch.manual_seed(SEED)
         with default_dtype(workload.dtype):
             transformer = make_transformer(workload).eval()
         self.conditioning = {n: torch.randn_like(value) for n, value in make_conditioning(workload, "cpu").items()}
