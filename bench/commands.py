@@ -90,7 +90,7 @@ KERNELS_TIMED = Command(
 )
 RUN = Command(
     "python -m bench gpu --minutes 9",
-    "all that needs a GPU, in stages within the minutes that are given",
+    "all of what needs a GPU, in stages, in order of value and within these minutes",
     "",
     "`bench/results/<gpu>-<date>.json`",
     GPU,
@@ -105,7 +105,7 @@ REPORT = Command(
 
 ALL = (
     QUALITY, CURVES, OPTIMIZERS, TRACKING, BITS, STATES, MEMORY, TRAJECTORY, _large("sd35_medium"),
-    _large("flux1_dev"), THROUGHPUT_SMALL, THROUGHPUT, HOST_OPTIMIZER, KERNELS, KERNELS_TIMED, RUN, DOCTOR, MICRO,
+    _large("flux1_dev"), THROUGHPUT, THROUGHPUT_SMALL, HOST_OPTIMIZER, KERNELS, KERNELS_TIMED, RUN, DOCTOR, MICRO,
     REPORT,
 )  # fmt: skip
 
@@ -118,13 +118,14 @@ def overview(results: Mapping[str, Mapping[str, Any]]) -> str:
     """
     rows = []
     for command in ALL:
+        what = f"{command.what}; needs a GPU" if command.needs else command.what
         writes = command.writes or f"`bench/results/{command.result}.json`"
-        rows.append([f"`{command.text}`", command.what + command.needs, _minutes(command, results), writes])
+        rows.append([f"`{command.text}`", what, writes, _minutes(command, results)])
     text = (
         "Minutes are those that the files there took, on the machine and by the command that stand with their tables. "
         "`--help` after a command's name lists its options, `--tiny` tries out what needs a GPU without one."
     )
-    return f"{table(['command', 'measures', 'minutes', 'writes'], rows)}\n{text}\n"
+    return f"{table(['command', 'measures', 'writes', 'minutes'], rows, left=3)}\n{text}\n"
 
 
 def _minutes(command: Command, results: Mapping[str, Mapping[str, Any]]) -> str:

@@ -9,9 +9,9 @@ GIB = 2**30
 NOTHING = "not measured"
 
 
-def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Head and rows, the first column left, the others right; `heads[0]` may be empty."""
-    lines = [f"| {' | '.join(heads)} |", "|---" + "|---:" * (len(heads) - 1) + "|"]
+def table(heads: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1) -> str:
+    """Head and rows, so many columns left, the others right; `heads[0]` may be empty."""
+    lines = [f"| {' | '.join(heads)} |", "|---" * left + "|---:" * (len(heads) - left) + "|"]
     lines += [f"| {' | '.join(row)} |" for row in rows]
     return "\n".join(lines) + "\n"
 

@@ -19,7 +19,7 @@ from bench.step_ways import Step, Task, planner_of
 from leapalign.alignment import alignment_gradients
 from leapalign.engine.ledger import Measured
 from leapalign.engine.streamer import Streamer
-from leapalign.engine.workload import Budget, Machine
+from leapalign.engine.workload import Budget
 
 CPU = torch.device("cpu")
 
@@ -154,10 +154,10 @@ def test_wrong_settings(
 def test_the_packaged_model_is_streamed_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Under the smaller of its caps blocks come and go in every step; under the larger they stay."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    options = parser(["throughput"]).parse_args(["throughput", "--batch", "2", "--steps", "4", "--repeats", "1"])
-    measurement = throughput._measurement(options)
+    measurement = throughput._measurement(parser(["throughput"]).parse_args(["throughput"]))
     assert measurement.names() == ["streamed, 8MiB", "streamed, 1GiB", "resident", "plain"]
-    plans = [planner_of(measurement.task, Machine(device_base_bytes=0)).plan(Budget(cap)) for cap in measurement.caps]
+    planner = planner_of(measurement.task, measurement._machine)
+    plans = [planner.plan(Budget(cap)) for cap in measurement.caps]
     assert plans[0].resident != "all" and plans[1].resident == "all"
 
 
