@@ -33,7 +33,11 @@ def _large(model: str) -> Command:
     name = f"trajectory-{model}"
     text = f"python -m bench memory --trajectory 1,2,3,5,10,25 --model {model} --blocks"
     text += " 19,38 9,19" if model == "flux1_dev" else " 24 12"
-    return Command(f"{text} --batch 1,4 --resolution 512,1024 --output {name}", f"the same of {model}, counted", name)
+    return Command(
+        f"{text} --batch 1,4 --resolution 512,1024 --output {name}",
+        f"the same of {model}, counted; with `--gpu` measured on a GPU",
+        name,
+    )
 
 
 QUALITY = Command("python -m bench quality", "pictures before and after alignment, three seeds", "quality-shapes")

@@ -87,7 +87,7 @@ def write(figure: Figure, data: Data, path: Path) -> None:
 def _trajectory_data(results: Results) -> Data:
     return [
         {
-            "title": f"{result.get('model', 'model')}, {result.get('how', '')}".rstrip(", "),
+            "title": ", ".join(result[key] for key in ("model", "how", "device") if key in result),
             "lengths": result["lengths"],
             "peaks": {METHODS.get(name, name): peaks for name, peaks in result["peak_bytes"].items()},
         }

@@ -51,6 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mode", choices=("paired", "held"), help="how the two legs share a step (default: paired)")
     parser.add_argument("--recompute", action="store_true", help="the rollout keeps no block inputs")
     parser.add_argument("--microbatch", type=int, help="images in one block call (default: 1, or the planner's)")
+    parser.add_argument("--gpu", action="store_true", help="measure the points of --trajectory on the GPU here")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--output", metavar="NAME", help="also write bench/results/NAME.json")
 
@@ -64,6 +65,8 @@ def run(options: argparse.Namespace, unknown: list[str]) -> int:
             raise ValueError(f"unknown argument {unknown[0]}; see --help")
         if options.model:
             raise ValueError(f"model={options.model} is for --trajectory: leave it out with --simulate")
+        if options.gpu:
+            raise ValueError("gpu is for --trajectory: leave it out with --simulate, which needs none")
         workload = _workload(options)
     except (ValueError, OSError) as error:
         print(f"bench memory: error: {error}", file=sys.stderr)
