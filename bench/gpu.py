@@ -7,6 +7,7 @@
     kernels        bench kernels, as far as the time lasts
     throughput     bench throughput at a quarter of FLUX.1-dev's size, where every way fits
     whole          its ways without the engine at the whole size
+    trajectory     bench memory --trajectory of SD3.5-M's size: memory against differentiated steps
 
 Stages run in processes of their own, so that a crash or a hang takes nothing along; those that need nothing of their
 own share one. A stage is begun only if there is time for it. What is found is written as it comes, and --resume goes
@@ -69,6 +70,7 @@ STAGES = {
     "kernels": Stage("bench.gpu_stages:kernel_times", 45, 240, fresh=True),
     "throughput": Stage("bench.gpu_stages:ways", 60, 150, fresh=True),
     "whole": Stage("bench.gpu_stages:whole_ways", 60, 180, fresh=True),
+    "trajectory": Stage("bench.gpu_stages:trajectory", 60, 300, fresh=True),
 }
 
 

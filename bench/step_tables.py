@@ -70,7 +70,7 @@ def _where(result: Mapping[str, Any]) -> str:
 
 
 def parts(result: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """What the stages of `bench gpu` measured, as results of `bench throughput` and `bench kernels`."""
+    """What the stages of `bench gpu` measured, as results of `bench throughput`, `kernels` and `memory`."""
     if "stages" not in result:
         return
     head = {key: result[key] for key in _HEAD if key in result} | {"device": _gpu_name(result)}
@@ -85,6 +85,7 @@ def parts(result: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
             yield {**head, "settings": {"stage": name, **settings}, "matmul_flops_per_s": matmul, "ways": ways}
         if operations:
             yield {**head, "operations": operations}
+        yield from ({**head, **row} for row in rows if "lengths" in row)
 
 
 def gpu(results: Results, *, short: bool = False) -> str:
@@ -111,7 +112,7 @@ def _found(stage: Mapping[str, Any]) -> str:
         failed = [str(row["key"]) for row in checks if not row["passed"]]
         words.append(f"{len(checks) - len(failed)} of {len(checks)} checks passed")
         words += [f"failed: {key}" for key in failed]
-    elif any("way" in row or "operation" in row for row in rows):
+    elif any(key in row for row in rows for key in ("way", "operation", "lengths")):
         words.append(f"{len(rows)} rows, above")
     else:
         words += [f"{row['key']}: {', '.join(_rates(row))}" for row in rows]

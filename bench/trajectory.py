@@ -256,6 +256,12 @@ def _settings(options: argparse.Namespace) -> tuple[list[int], Axes]:
     )
 
 
+def plain(name: str, *, resolution: int, steps: int) -> Workload:
+    """A rollout of one image of that model, with everything streamed by the engine."""
+    model, plan = MODELS[name], MemoryPlan(microbatch=1, resident="none")
+    return model.workload(architecture=model.architecture(), batch=1, resolution=resolution, steps=steps, plan=plan)
+
+
 def numbers(name: str, text: str) -> list[int]:
     """Whole numbers of at least 1 in a list like 1,2,5.
 

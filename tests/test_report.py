@@ -73,9 +73,13 @@ def test_the_overview_is_of_commands_as_they_are():
 def test_minutes_are_of_the_files_that_are_there():
     none = commands.overview({})
     assert none.count(f"| {NOTHING} |") == len(commands.ALL)
-    results = {"memory-flux1-dev-512": {"command_seconds": 90.0}, "memory-flux1-dev-1024": {"command_seconds": 240}}
-    gpu = {"stages": {}, "command_seconds": 500.0}
-    text = commands.overview({**results, "a-gpu-2026-01-02": gpu, "curves-shapes": {}})
+    results: dict[str, dict[str, object]] = {
+        "memory-flux1-dev-512": {"command_seconds": 90.0},
+        "memory-flux1-dev-1024": {"command_seconds": 240},
+        "a-gpu-2026-01-02": {"stages": {}, "command_seconds": 500.0},
+        "curves-shapes": {},
+    }
+    text = commands.overview(results)
     assert "counted on fake tensors | `bench/results/memory-flux1-dev.json` | 1.5 to 4.0 |" in text
     assert "| `bench/results/<gpu>-<date>.json` | 8.3 |" in text
     assert text.count(f"| {NOTHING} |") == len(commands.ALL) - 2

@@ -6,6 +6,7 @@ import copy
 import gc
 import json
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -186,7 +187,12 @@ def test_points_on_a_gpu(monkeypatch):
     for method in ("full_checkpointed", "leapalign_one_graph", "engine_paired", "engine_held"):
         assert allocated(tiny_workload(), method, torch.device("cpu")) == {"peak_bytes": 100}
     grads = [[p.grad is not None for p in step.transformer.parameters()] for step in steps]
-    small = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 8, "caption_projection_dim": 16}
+    small: dict[str, Any] = {
+        "num_layers": 2,
+        "num_attention_heads": 2,
+        "attention_head_dim": 8,
+        "caption_projection_dim": 16,
+    }
     small |= {"joint_attention_dim": 16, "pooled_projection_dim": 16, "dual_attention_layers": (0,), "sample_size": 8}
     sd3 = tiny_workload(architecture={**SD35_MEDIUM, **small, "pos_embed_max_size": 8})
     assert allocated(sd3, "engine_paired", torch.device("cpu")) == {"peak_bytes": 100}
