@@ -42,6 +42,7 @@ SUMMARY = "bits and distances of the weights after 50 steps, with one decision o
 
 BATCH, ROLLOUT_STEPS = 2, 3
 ALPHA, TAU = 0.3, 0.1
+SEED = 0
 THRESHOLD = 10.0  # above every reward: all samples are active at every step
 Snapshot = dict[str, Tensor]  # weights by name and optimizer states by name/kind: copies
 
@@ -143,16 +144,16 @@ def train(
         found = {0: snapshot(model)} if 0 in keep else {}
         try:
             for step in range(1, max(keep) + 1):
-                texts = [task.prompts[i] for i in draw_prompts(0, step - 1, BATCH, len(task.prompts))]
+                texts = [task.prompts[i] for i in draw_prompts(SEED, step - 1, BATCH, len(task.prompts))]
                 with optimizer.in_backward() as sink:
                     alignment_gradients(
                         model,
                         pipeline.conditioning(task.embeddings.batch(texts), task.resolution, 1.0),
-                        draw_noise(0, step, range(BATCH), shape),
+                        draw_noise(SEED, step, range(BATCH), shape),
                         sigmas,
                         LatentReward(pipeline, task.reward, texts),
                         LeapAlign(change.alpha, TAU, THRESHOLD),
-                        pairs=draw_pairs(0, step, range(BATCH), ROLLOUT_STEPS),
+                        pairs=draw_pairs(SEED, step, range(BATCH), ROLLOUT_STEPS),
                         executor="streamed",
                         sink=_Between(sink, change, step),
                     )
@@ -246,7 +247,8 @@ def run(options: argparse.Namespace, unknown: list[str]) -> int:
         method = asdict(LeapAlign(ALPHA, TAU, THRESHOLD))
         settings = {"batch": BATCH, "rollout_steps": ROLLOUT_STEPS, "steps": options.steps, "method": method}
         results = {"settings": settings, "different_tensors": place, "distance_by_step": order}
-        print(f"wrote {record.write(options.name, ['bits', '--steps', str(options.steps)], results).name}")
+        path = record.write(options.name, ["bits", "--steps", str(options.steps)], results, seeds=[SEED])
+        print(f"wrote {path.name}")
     return 0
 
 

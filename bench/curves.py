@@ -85,7 +85,10 @@ def run(options: argparse.Namespace, overrides: list[str]) -> int:
     summary = summarise(curves, options.window)
     scores = {name: _scores(seeds) for name, seeds in runs.items()}
     path = record.write(
-        options.name, _command(options, overrides), {"summary": summary, "validation": scores, "runs": runs}
+        options.name,
+        _command(options, overrides),
+        {"summary": summary, "validation": scores, "runs": runs},
+        seeds=range(options.seeds),
     )
     print(f"\n{table(summary, scores)}\n\nwrote {path.name}")
     return 0

@@ -57,6 +57,9 @@ class Resident(Way):
         self.microbatch //= 2
         return True
 
+    def close(self) -> None:
+        """Nothing does."""
+
     @contextmanager
     def _measured(self) -> Iterator[None]:
         """The whole step's peak."""

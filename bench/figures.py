@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import sources
-from bench.markdown import GIB
+from bench.markdown import GIB, device
 from bench.memory_tables import METHODS
 from bench.speed_tables import HOST_NAMES
 
@@ -87,7 +87,7 @@ def write(figure: Figure, data: Data, path: Path) -> None:
 def _trajectory_data(results: Results) -> Data:
     return [
         {
-            "title": f"{result.get('model', 'model')}, {result.get('how', '')}".rstrip(", "),
+            "title": ", ".join(result[key] for key in ("model", "how", "device") if key in result),
             "lengths": result["lengths"],
             "peaks": {METHODS.get(name, name): peaks for name, peaks in result["peak_bytes"].items()},
         }
@@ -155,7 +155,9 @@ def _phases_data(results: Results) -> Data:
     for result in results:
         ways = {way["way"]: way["seconds"] for way in result["ways"] if "seconds" in way}
         if ways:
-            panels.append({"title": str(result["device"]), "ways": ways})
+            settings = result["settings"]
+            of = settings.get("model") or settings.get("stage")
+            panels.append({"title": f"{of} on {device(result)}" if of else device(result), "ways": ways})
     return panels
 
 

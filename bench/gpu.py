@@ -7,6 +7,7 @@
     kernels        bench kernels, as far as the time lasts
     throughput     bench throughput at a quarter of FLUX.1-dev's size, where every way fits
     whole          its ways without the engine at the whole size
+    trajectory     bench memory --trajectory of SD3.5-M's size: memory against differentiated steps
 
 Stages run in processes of their own, so that a crash or a hang takes nothing along; those that need nothing of their
 own share one. A stage is begun only if there is time for it. What is found is written as it comes, and --resume goes
@@ -40,6 +41,7 @@ RESULTS = Path(__file__).parent / "results"
 _ROOT = Path(__file__).parent.parent
 _START = 120.0  # seconds for a process to begin its first stage
 _GRACE = 10.0  # and for a stage to end by itself
+SEED = 0  # of the stages' draws: bench.step_ways.SEED, which is not imported here as that takes seconds
 _LAST = 6  # lines of a broken process's output that are kept
 
 
@@ -68,6 +70,7 @@ STAGES = {
     "kernels": Stage("bench.gpu_stages:kernel_times", 45, 240, fresh=True),
     "throughput": Stage("bench.gpu_stages:ways", 60, 150, fresh=True),
     "whole": Stage("bench.gpu_stages:whole_ways", 60, 180, fresh=True),
+    "trajectory": Stage("bench.gpu_stages:trajectory", 60, 300, fresh=True),
 }
 
 
@@ -97,7 +100,8 @@ def run(options: argparse.Namespace, unknown: list[str]) -> int:
         print(f"bench gpu: error: {error}", file=sys.stderr)
         return 2
     measurement = Measurement({name: STAGES[name] for name in chosen}, options.minutes, options.tiny, before, path)
-    head = {"date": datetime.now(UTC).date().isoformat(), "command": _command(options), "sources": digests("gpu")}
+    head = {"date": datetime.now(UTC).date().isoformat(), "command": _command(options), "seed": [SEED],
+            "sources": digests("gpu")}  # fmt: skip
     measurement.result = {**head, **measurement.result}  # those of the oldest rows, where it is gone on
     try:
         with _terminated():
@@ -229,6 +233,8 @@ class Measurement:
     def _end(self, name: str, status: str, seconds: float = 0.0, error: str | None = None) -> None:
         found = self._found(name)
         found |= {"status": status, "seconds": round(seconds, 1), "error": error}
+        took = [stage.get("seconds", 0.0) for stage in self.result["stages"].values()]
+        self.result["command_seconds"] = round(sum(took), 1)
         self._waiting.remove(name)
         print(f"bench gpu: {name} {status}{f': {error}' if error else ''}", file=sys.stderr, flush=True)
         self._save()

@@ -22,6 +22,8 @@ from leapalign.engine.sizes import parse_bytes
 RESOLUTIONS = (512, 1024)
 RAM = "112GiB"  # of the host that plans may take
 REPEATS = 2
+LENGTHS = (1, 2, 3, 5, 10, 25)
+A_POINT = 15  # seconds that a model of SD3.5-M's size may take to be made and to step
 A_KERNEL = 30  # seconds that an operation may take: it is compiled and timed in three ways and more
 TINY_KERNELS = ("gated f", "leap b", "sum")
 
@@ -150,6 +152,33 @@ def _throughput(context: Context, sizes: Any, caps: tuple[str, ...], kinds: tupl
         measurement.left = lambda deadline=deadline: deadline - time.monotonic()  # type: ignore[misc]
         row = measurement.row(waiting.pop(0))
         context.emit({"key": row["way"], **measurement.rates, **row})
+
+
+def trajectory(context: Context) -> None:
+    """`bench memory --trajectory --gpu` of SD3.5-M, as far as the seconds last."""
+    from bench import trajectory as curves
+    from bench.trajectory_measured import allocated, live_bytes
+
+    name, lengths, pixels = ("shapes", (1, 2), 32) if context.tiny else ("sd35_medium", LENGTHS, 512)
+    if name in context.done:
+        return
+    missed = 0
+
+    def point(workload: Any, method: str) -> Mapping[str, float]:
+        nonlocal missed
+        if context.tiny:
+            return live_bytes(workload, method)
+        if context.left() < A_POINT:
+            missed += 1
+            return {}
+        return allocated(workload, method, context.device)
+
+    base = curves.plain(name, resolution=pixels, steps=lengths[-1])
+    found = curves.trajectory(curves.Axes([base], [base], [base]), lengths, point, progress=print)
+    wrong = [f"no time for {missed} points"] if missed else []
+    context.emit({"key": name, "model": name, "how": "measured", **found, "faults": wrong})
+    if wrong:
+        raise FailedError("; ".join(wrong))
 
 
 # ---- steps of FLUX.1-dev's size ------------------------------------------------------------------------------------

@@ -72,6 +72,18 @@ def _ways(rows: Rows) -> list[str]:
     return [told(row) for row in rows]
 
 
+def _trajectory(rows: Rows) -> list[str]:
+    lines = []
+    for row in rows:
+        steps, peaks = row["lengths"], row["peak_bytes"]
+        at = [(n, peak) for n, peak in zip(steps, peaks["full_autograd"], strict=True) if peak is not None]
+        graph = ", ".join(f"{peak / 2**30:.3g} GiB with {n}" for n, peak in (at[0], at[-1])) if at else "none fits"
+        engine = [peak for peak in peaks["engine_paired"] if peak is not None]
+        most = f"{max(engine) / 2**30:.3g} GiB at most" if engine else "none fits"
+        lines.append(f"{row['model']}: differentiated steps in one graph {graph}; the engine {most}")
+    return lines
+
+
 _WORDS: dict[str, Callable[[Rows], list[str]]] = {
     "correctness": _checks,
     "ceilings": _ceilings,
@@ -80,4 +92,5 @@ _WORDS: dict[str, Callable[[Rows], list[str]]] = {
     "kernels": _kernels,
     "throughput": _ways,
     "whole": _ways,
+    "trajectory": _trajectory,
 }

@@ -9,9 +9,9 @@ GIB = 2**30
 NOTHING = "not measured"
 
 
-def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Head and rows, the first column left, the others right; `heads[0]` may be empty."""
-    lines = [f"| {' | '.join(heads)} |", "|---" + "|---:" * (len(heads) - 1) + "|"]
+def table(heads: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1) -> str:
+    """Head and rows, so many columns left, the others right; `heads[0]` may be empty."""
+    lines = [f"| {' | '.join(heads)} |", "|---" * left + "|---:" * (len(heads) - left) + "|"]
     lines += [f"| {' | '.join(row)} |" for row in rows]
     return "\n".join(lines) + "\n"
 
@@ -36,6 +36,11 @@ def command(results: Sequence[Mapping[str, Any]]) -> str:
     if len(commands) == 1:
         return f"Command: `{commands[0]}`."
     return "Commands:\n\n" + "\n".join(f"- `{each}`" for each in commands)
+
+
+def device(result: Mapping[str, Any]) -> str:
+    """What a result's "device" is: the GPU's name, or threads and processor."""
+    return threads(result["machine"]) if result["device"] == "cpu" else str(result["device"])
 
 
 def threads(machine: Mapping[str, Any]) -> str:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import record, trajectory
-from bench.simulate import Simulated, Workload, simulate
+from bench.simulate import SEED, Simulated, Workload, simulate
 from leapalign.architectures import FLUX1_DEV, SD35_MEDIUM
 from leapalign.engine.plan import MemoryPlan
 from leapalign.engine.workload import Budget
@@ -51,6 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mode", choices=("paired", "held"), help="how the two legs share a step (default: paired)")
     parser.add_argument("--recompute", action="store_true", help="the rollout keeps no block inputs")
     parser.add_argument("--microbatch", type=int, help="images in one block call (default: 1, or the planner's)")
+    parser.add_argument("--gpu", action="store_true", help="measure the points of --trajectory on the GPU here")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--output", metavar="NAME", help="also write bench/results/NAME.json")
 
@@ -64,6 +65,8 @@ def run(options: argparse.Namespace, unknown: list[str]) -> int:
             raise ValueError(f"unknown argument {unknown[0]}; see --help")
         if options.model:
             raise ValueError(f"model={options.model} is for --trajectory: leave it out with --simulate")
+        if options.gpu:
+            raise ValueError("gpu is for --trajectory: leave it out with --simulate, which needs none")
         workload = _workload(options)
     except (ValueError, OSError) as error:
         print(f"bench memory: error: {error}", file=sys.stderr)
@@ -72,7 +75,7 @@ def run(options: argparse.Namespace, unknown: list[str]) -> int:
     result = {"settings": _settings(options, workload), **planned, **_as_dict(simulate(workload))}
     print(json.dumps(result, indent=1) if options.json else table(result))
     if options.output:
-        path = record.write(options.output, ["memory", *_command(options)], result)
+        path = record.write(options.output, ["memory", *_command(options)], result, seeds=[SEED])
         print(f"wrote {path.name}", file=sys.stderr)
     return 0
 

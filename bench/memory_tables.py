@@ -65,7 +65,7 @@ def simulated(results: Results, *, short: bool = False) -> str:
 def trajectory(results: Results, *, short: bool = False) -> str:
     """Peak memory of every method at every number of differentiated steps, a table a model; short: of the largest."""
     if short:
-        results = [max(results, key=lambda result: max(p for p in result["peak_bytes"]["full_autograd"] if p))]
+        results = [max(results, key=lambda result: max(filter(None, result["peak_bytes"]["full_autograd"]), default=0))]
     return "\n".join(_trajectory_of(result, short) for result in sorted(results, key=_model))
 
 
@@ -81,7 +81,8 @@ def _trajectory_of(result: dict[str, Any], short: bool) -> str:
         f"{name} {settings[name]}" for name in ("batch", "resolution", "blocks", "steps") if name in settings
     )
     how = {"measured": "Measured on real tensors", "counted": "Counted on fake tensors, not measured on a GPU"}
-    text = f"{how.get(result.get('how', ''), 'Peak bytes')}: {size}."
+    where = f" on {result['device']}" if "device" in result else ""
+    text = f"{how.get(result.get('how', ''), 'Peak bytes')}{where}: {size}."
     flat = result["growth"].get("spread_over_lengths", {})
     if flat:
         named = (f"{100 * value:.1f} % ({METHODS.get(name, name)})" for name, value in flat.items())

@@ -13,7 +13,6 @@ Thousands of events disturb what they measure, so a step that is watched is not 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,10 +20,11 @@ from typing import Any
 
 import torch
 
-from leapalign.engine.queues import CurrentStream, Event, Queue, WorkerThread
+from leapalign.engine.queues import Event, Queue
+from leapalign.engine.rates import Stamp
 from leapalign.engine.streamer import Buffer, Streamer
 
-Span = tuple["_Stamp", "_Stamp"]
+Span = tuple[Stamp, Stamp]
 
 
 @dataclass(frozen=True)
@@ -77,9 +77,9 @@ class Watch:
         copy, spans = queue.copy, self._copies[name]
 
         def timed(pairs: Sequence[Any]) -> None:
-            begin = _Stamp(queue)
+            begin = Stamp(queue)
             copy(pairs)
-            spans.append((begin, _Stamp(queue)))
+            spans.append((begin, Stamp(queue)))
 
         return timed
 
@@ -92,9 +92,9 @@ class Watch:
             ):  # copies that wait for another cost compute nothing
                 wait(name, kind, buffer, event)
                 return
-            begin = _Stamp(compute if name == "compute" else None)
+            begin = Stamp(compute if name == "compute" else None)
             wait(name, kind, buffer, event)
-            end = _Stamp(compute if name == "compute" else None)
+            end = Stamp(compute if name == "compute" else None)
             if name == "compute":
                 self._waits.append((begin, end))
             else:
@@ -116,30 +116,6 @@ def watched(streamer: Streamer) -> Iterator[Watch]:
     finally:
         for each in (*queues.values(), streamer):
             vars(each).pop("copy" if each is not streamer else "_wait")
-
-
-class _Stamp:
-    """A point in a queue's work: an event of CUDA, or the wall time at which a thread got there."""
-
-    def __init__(self, queue: Queue | None) -> None:
-        self._event: torch.cuda.Event | None = None
-        self._time = 0.0
-        if isinstance(queue, CurrentStream):
-            self._event = torch.cuda.Event(enable_timing=True)
-            self._event.record(queue.stream)
-        elif isinstance(queue, WorkerThread):
-            queue.run(self._set)
-        else:
-            self._set()
-
-    def _set(self) -> None:
-        self._time = time.perf_counter()
-
-    def after(self, other: _Stamp) -> float:
-        """Seconds from the other one to this one; both have been reached."""
-        if self._event is not None and other._event is not None:
-            return float(other._event.elapsed_time(self._event)) / 1e3
-        return self._time - other._time
 
 
 def _sum(spans: Sequence[Span]) -> float:

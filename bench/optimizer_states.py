@@ -93,7 +93,7 @@ def _theirs(optimizer: Any, dtype: torch.dtype, extra: Mapping[str, Any] | None 
         model = Parameters(width, dtype).to(device)
         parameters = list(model.parameters())
         stepper = optimizer(parameters, lr=1e-4, **(extra or {}))
-        model(torch.randn(1, model.embed.in_features, dtype=dtype, device=device)).sum().backward()
+        model(torch.ones(1, model.embed.in_features, dtype=dtype, device=device)).sum().backward()
         gradients = storage_bytes(parameter.grad for parameter in parameters)
         stepper.step()
         return {
@@ -119,7 +119,7 @@ def _ours(**settings: Any) -> Callable[[int], Held]:
         )
         optimizer = AdamW8bit(**{"clip": "block", "fused_backward": True, **settings})
         model = StreamedModel(backbone, MemoryPlan(), optimizer, device="cpu")
-        model(x=torch.randn(1, module.embed.in_features, dtype=torch.bfloat16)).sum().backward()
+        model(x=torch.ones(1, module.embed.in_features, dtype=torch.bfloat16)).sum().backward()
         kinds = [GRAD] if model.store.holds(GRAD) else []
         gradients = storage_bytes(model.store.region(unit, kind) for unit in model.store.units for kind in kinds)
         optimizer.step()
@@ -169,7 +169,7 @@ def run(options: argparse.Namespace, unknown: list[str]) -> int:
     result = measured(_WIDTH)
     print(json.dumps(result, indent=1) if options.json else table(result))
     if options.output:
-        path = record.write(options.output, ["optimizer-states", "--output", options.output], result)
+        path = record.write(options.output, ["optimizer-states", "--output", options.output], result, seeds=[])
         print(f"wrote {path.name}", file=sys.stderr)
     return 0
 

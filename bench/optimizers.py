@@ -64,7 +64,7 @@ def run(options: argparse.Namespace, unknown: list[str]) -> int:
     chosen = ["--seeds", str(options.seeds), "--steps", str(options.steps), "--batch", str(options.batch)]
     chosen += ["--learning-rate", str(options.learning_rate)]
     result = {"curves": curves, "summary": summarise(curves)}
-    path = record.write(options.name, ["optimizers", *chosen], result)
+    path = record.write(options.name, ["optimizers", *chosen], result, seeds=range(options.seeds))
     print(f"\n{table(result['summary'])}\n\nwrote {path.name}")
     return 0
 

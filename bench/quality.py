@@ -45,7 +45,8 @@ def run(options: argparse.Namespace, overrides: list[str]) -> int:
     print(table(summary, len(seeds)))
     chosen = ["--seeds", str(options.seeds), "--config", options.config, "--images", str(options.images)]
     name = options.name or f"quality-{Path(options.config).stem}"
-    path = record.write(name, ["quality", *chosen, *overrides], {"summary": summary, "seeds": seeds})
+    result = {"summary": summary, "seeds": seeds}
+    path = record.write(name, ["quality", *chosen, *overrides], result, seeds=range(options.seeds))
     print(f"\nwrote {path.name}")
     return 0
 

@@ -6,6 +6,8 @@ import json
 import os
 import platform
 import shlex
+import time
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -16,6 +18,7 @@ import torch
 from bench import sources
 
 RESULTS = Path(__file__).parent / "results"
+_BEGAN = time.monotonic()  # of the command: its module imports this one
 _PACKAGES = ("leapalign", "torch", "triton", "diffusers", "transformers", "safetensors", "numpy")
 
 
@@ -42,12 +45,19 @@ def versions() -> dict[str, str]:
     return found
 
 
-def write(name: str, command: list[str], results: dict[str, Any]) -> Path:
-    """Write bench/results/<name>.json: date, command (what follows `bench`), machine, versions, sources, `results`."""
+def write(name: str, command: list[str], results: dict[str, Any], *, seeds: Sequence[int]) -> Path:
+    """Write bench/results/<name>.json: what it takes to measure it again, the seconds that it took, and `results`.
+
+    Args:
+        command: what follows `bench`.
+        seeds: of everything that is drawn; empty where no number depends on it.
+    """
     RESULTS.mkdir(exist_ok=True)
     head = {
         "date": datetime.now(UTC).date().isoformat(),
         "command": shlex.join(["python", "-m", "bench", *command]),
+        "command_seconds": round(time.monotonic() - _BEGAN, 1),
+        "seed": list(seeds),
         "machine": machine(),
         "versions": versions(),
         "sources": sources.digests(command[0]),

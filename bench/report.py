@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import figures, sources
+from bench import commands, figures, sources
 from bench.figures import Data, Figure
 from bench.markdown import threads
 from bench.record import RESULTS
@@ -117,11 +117,20 @@ def page(results: Mapping[str, Result]) -> str:
         "each table is the command that gives it again, into a file there with `--output NAME` where it does not do so "
         "by itself. Memory that is *counted* comes from a run on fake tensors, not from a GPU.",
         "",
-        *(f"- [{section.title}](#{section.anchor})" for section in SECTIONS),
+        *(f"- [{title}](#{anchor(title)})" for title in ("Commands", *(section.title for section in SECTIONS))),
+        "",
+        "## Commands",
+        "",
+        commands.overview(results).rstrip("\n"),
     ]
     for section in SECTIONS:
         lines += ["", f"## {section.title}", "", section.about, "", _body(section, results).rstrip("\n")]
     return "\n".join(lines) + "\n"
+
+
+def anchor(title: str) -> str:
+    """As GitHub makes it of a title."""
+    return re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-")
 
 
 def _body(section: Section, results: Mapping[str, Result]) -> str:
@@ -131,6 +140,8 @@ def _body(section: Section, results: Mapping[str, Result]) -> str:
     if not text:
         return not_measured(section)
     parts = [text, origin(found)]
+    if section.measured_by.needs == commands.GPU and not any(result.get("machine", {}).get("gpu") for result in found):
+        parts.append(f"On a GPU: not measured, `{section.measured_by.text}`.\n")
     if section.figure is not None:
         data = section.figure.data(found)
         name = section.figure.name
@@ -141,7 +152,8 @@ def _body(section: Section, results: Mapping[str, Result]) -> str:
 
 def not_measured(section: Section) -> str:
     """What stands where there is no result."""
-    return f"Not measured. `{section.measured_by}` measures it{section.needs}.\n"
+    command = section.measured_by
+    return f"Not measured. `{command.text}` measures it{command.needs}.\n"
 
 
 def origin(results: Sequence[Mapping[str, Any]]) -> str:
@@ -156,23 +168,31 @@ def _made(result: Mapping[str, Any]) -> str:
     parts = [result.get("date", ""), threads(machine) if "cpu" in machine else ""]
     parts += [f"{name.capitalize()} {versions[name]}" for name in ("python", "torch") if name in versions]
     made = ", ".join(part for part in parts if part)
-    unknown = "" if "sources" in result else " From which sources was not recorded."
-    return f"Measured {made}.{unknown}" if made else ""
+    return f"Measured {made}." if made else ""
 
 
 def outdated(results: Sequence[Mapping[str, Any]]) -> str:
-    """Names the files that have changed since; empty if none has, or if nobody wrote down what they were."""
+    """Names the files that have changed since, and says for how many results nobody knows; empty if all is well."""
     found: set[str] = set()
+    unknown = ours = 0
     for result in results:
         words = shlex.split(result.get("command", ""))
-        if "sources" in result and words[:3] == ["python", "-m", "bench"]:
+        if words[:3] != ["python", "-m", "bench"]:
+            continue
+        ours += 1
+        if "sources" in result:
             found.update(sources.changed(words[3], result["sources"]))
-    if not found:
-        return ""
-    named = ", ".join(f"`{name}`" for name in sorted(found)[:_NAMED])
-    more = len(found) - _NAMED
-    others = f" and {more} other file{'s' * (more > 1)}" if more > 0 else ""
-    return f"**Measured before {named}{others} changed.**"
+        else:
+            unknown += 1
+    notes = []
+    if found:
+        named = ", ".join(f"`{name}`" for name in sorted(found)[:_NAMED])
+        more = len(found) - _NAMED
+        others = f" and {more} other file{'s' * (more > 1)}" if more > 0 else ""
+        notes.append(f"**Measured before {named}{others} changed.**")
+    if unknown:
+        notes.append(f"Sources not recorded{f' in {unknown} of {ours} results' if unknown < ours else ''}.")
+    return " ".join(notes)
 
 
 # ---- README --------------------------------------------------------------------------------------------------------

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from bench import figures, memory_tables, speed_tables, step_tables, training_tables
+from bench import commands, figures, memory_tables, speed_tables, step_tables, training_tables
+from bench.commands import Command
 from bench.figures import Figure
 
 Make = Callable[[Sequence[dict[str, Any]]], str]
-GPU = " on a GPU"
 
 
 @dataclass(frozen=True)
@@ -25,7 +24,6 @@ class Section:
         wanted: of a file's name without its ending, and its result: whether the section is about it.
         table: of all results that are wanted, at least one; empty if they say nothing.
         measured_by: the command.
-        needs: what it takes besides.
         quoted: the shorter table for README.md, if there is one.
     """
 
@@ -34,15 +32,9 @@ class Section:
     about: str
     wanted: Callable[[str, Mapping[str, Any]], bool]
     table: Make
-    measured_by: str
-    needs: str = ""
+    measured_by: Command
     figure: Figure | None = None
     quoted: Make | None = None
-
-    @property
-    def anchor(self) -> str:
-        """As GitHub makes it of the title."""
-        return re.sub(r"[^\w -]", "", self.title.lower()).replace(" ", "-")
 
 
 def _named(prefix: str) -> Callable[[str, Mapping[str, Any]], bool]:
@@ -60,7 +52,7 @@ SECTIONS = (
         "`make align` on the packaged model, judged by a rule-based checker that training never sees.",
         _named("quality"),
         training_tables.quality,
-        "python -m bench quality",
+        commands.QUALITY,
         quoted=partial(training_tables.quality, short=True),
     ),
     Section(
@@ -69,7 +61,7 @@ SECTIONS = (
         "Whole training runs with the 8-bit optimizer, and with fused blocks, beside float32.",
         _named("curves"),
         training_tables.curves,
-        "python -m bench curves",
+        commands.CURVES,
         quoted=partial(training_tables.curves, short=True),
     ),
     Section(
@@ -78,7 +70,7 @@ SECTIONS = (
         "The reward of one fixed batch, which shows the optimizer and not the batch.",
         _named("optimizers"),
         training_tables.optimizers,
-        "python -m bench optimizers",
+        commands.OPTIMIZERS,
     ),
     Section(
         "tracking",
@@ -86,7 +78,7 @@ SECTIONS = (
         "Flow matching on the packaged model's own scenes, with 8-bit AdamWs beside float32.",
         _named("tracking"),
         training_tables.tracking,
-        "python -m bench tracking --output tracking-shapes",
+        commands.TRACKING,
     ),
     Section(
         "states",
@@ -94,7 +86,7 @@ SECTIONS = (
         "What optimizers keep, found by making them and looking.",
         _with("optimizers", "parameters"),
         memory_tables.optimizer_states,
-        "python -m bench optimizer-states --output optimizer-states",
+        commands.STATES,
         quoted=partial(memory_tables.optimizer_states, short=True),
     ),
     Section(
@@ -103,7 +95,7 @@ SECTIONS = (
         "The streamed engine on the real model's shapes, every tensor on the device counted while it lives.",
         lambda name, result: "counted_peak_bytes" in result or "resolution" in result.get("axes", {}),
         memory_tables.simulated,
-        "python -m bench memory --simulate flux1_dev --output memory-flux1-dev",
+        commands.MEMORY,
         figure=figures.RESOLUTION,
         quoted=partial(memory_tables.simulated, short=True),
     ),
@@ -113,7 +105,7 @@ SECTIONS = (
         "How many steps of the rollout are differentiated, and what that takes.",
         _with("lengths", "peak_bytes"),
         memory_tables.trajectory,
-        "python -m bench memory --trajectory 1,2,3,5,10,25 --model shapes --output trajectory-shapes",
+        commands.TRAJECTORY,
         figure=figures.TRAJECTORY,
         quoted=partial(memory_tables.trajectory, short=True),
     ),
@@ -124,8 +116,7 @@ SECTIONS = (
         "with diffusers, checkpointing and an 8-bit optimizer.",
         _with("ways", "device"),
         step_tables.throughput,
-        "python -m bench throughput --model flux1_dev --output throughput-flux1-dev",
-        GPU,
+        commands.THROUGHPUT,
         figure=figures.PHASES,
     ),
     Section(
@@ -134,7 +125,7 @@ SECTIONS = (
         "What Triton's compiler makes of every kernel.",
         _with("kernels", "architectures"),
         speed_tables.kernels_compiled,
-        "python -m bench kernels --compile-only --json bench/results/kernels-compiled.json",
+        commands.KERNELS,
         quoted=speed_tables.kernels_compiled_in_words,
     ),
     Section(
@@ -143,8 +134,7 @@ SECTIONS = (
         "Every operation beside eager torch, torch.compile and other libraries, and a copy.",
         _with("operations", "device"),
         speed_tables.kernels_timed,
-        "python -m bench kernels --json bench/results/kernels-timed.json",
-        GPU,
+        commands.KERNELS_TIMED,
         figure=figures.ROOFLINE,
         quoted=speed_tables.kernels_timed_beside,
     ),
@@ -154,7 +144,7 @@ SECTIONS = (
         "Parameters a second of the C++ AdamW beside torch's and others', in one run.",
         _with("mparams_per_s", "gb_per_s"),
         speed_tables.host_optimizer,
-        "python -m bench host-optimizer --output host-optimizer",
+        commands.HOST_OPTIMIZER,
         figure=figures.HOST,
         quoted=speed_tables.host_optimizer_in_words,
     ),
@@ -164,8 +154,7 @@ SECTIONS = (
         "The stages of `bench gpu`: correctness on the device, ceilings, real-sized steps under device caps.",
         _with("stages"),
         step_tables.gpu,
-        "python -m bench gpu",
-        GPU,
+        commands.RUN,
         quoted=partial(step_tables.gpu, short=True),
     ),
     Section(
@@ -174,6 +163,6 @@ SECTIONS = (
         "What `leapalign doctor` measures, and which presets fit.",
         _with("rates", "presets"),
         step_tables.doctor,
-        "leapalign doctor --json > bench/results/doctor.json",
+        commands.DOCTOR,
     ),
 )

@@ -31,6 +31,7 @@ from leapalign.engine.workload import PATCH, Budget, Machine
 from leapalign.streamed import streamed_rollout, streamed_vjps
 from leapalign.surrogates import Leg, Surrogate
 
+SEED = 0  # of the steps that are differentiated
 _MACHINE = Machine(device_base_bytes=0)  # no operator shows what a CUDA context takes
 
 
@@ -248,7 +249,7 @@ def make_conditioning(workload: Workload, device: str) -> dict[str, Tensor]:
 
 def _steps(workload: Workload) -> list[list[int]]:
     """Different steps a sample, one a leg, in rising order."""
-    draw = random.Random(0)
+    draw = random.Random(SEED)
     return [sorted(draw.sample(range(workload.steps), workload.legs)) for _ in range(workload.batch)]
 
 

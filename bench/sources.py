@@ -42,17 +42,21 @@ _STEP = [*(f"engine/{name}.py" for name in _ENGINE), "engine/backbones/*.py", "l
 _UPDATE = ["engine/optim.py", "engine/update.py", *_EIGHT_BIT, "kernels/host*.py", "kernels/csrc/*"]
 _TRITON = [f"kernels/{name}*.py" for name in ("leap", "cotangents", "modulate", "gated", "rows", "heads", "qk_norm")]
 _TRITON += ["kernels/adamw8bit_*.py", "kernels/sum_of_squares.py"]
+_COUNTED = [f"bench/{name}.py" for name in ("simulate", "devices", "one_graph", "live_tensors", "trajectory_*")]
+_PLAN = [f"engine/{name}.py" for name in ("planner", "cost", "stage_costs", "footprint", "traffic")]
+_WAYS = [f"bench/{name}.py" for name in ("step_ways", "device_ways", "random_models")]
 
-# first word of the command -> what it runs
+# first word of the command -> what it runs; of every command that measures
 DEPENDS: Mapping[str, list[str]] = {
     "quality": [*_METHOD, *_PACKAGED, *_EIGHT_BIT],
     "curves": [*_METHOD, *_PACKAGED, *_EIGHT_BIT],
     "optimizers": [*_METHOD[:3], *_PACKAGED, *_EIGHT_BIT],
     "tracking": [*_EIGHT_BIT, *_PACKAGED[1:], "bench/optimizer_steps.py"],
     "optimizer-states": ["engine/optim.py", "engine/update.py", "engine/store.py", "kernels/quantize.py"],
-    "memory": [*_STEP, "bench/simulate.py", "bench/devices.py"],
-    "throughput": [*_STEP, *_TRITON, *_UPDATE],
-    "gpu": [*_STEP, *_TRITON, *_UPDATE],
+    "bits": [*_METHOD[:5], *_STEP, *_UPDATE, *_PACKAGED[1:]],
+    "memory": [*_STEP, *_COUNTED],
+    "throughput": [*_STEP, *_TRITON, *_UPDATE, *_PLAN, *_WAYS],
+    "gpu": [*_STEP, *_TRITON, *_UPDATE, *_PLAN, *_WAYS],
     "kernels": _TRITON,
     "host-optimizer": ["kernels/host*.py", "kernels/csrc/*"],
 }
@@ -60,7 +64,7 @@ DEPENDS: Mapping[str, list[str]] = {
 
 def digests(what: str, root: Path = ROOT) -> dict[str, str]:
     """{file: digest} of what the benchmark of that name depends on."""
-    files = sorted({path for pattern in DEPENDS.get(what, []) for path in root.glob(pattern) if path.is_file()})
+    files = sorted({path for pattern in DEPENDS[what] for path in root.glob(pattern) if path.is_file()})
     return {path.relative_to(root).as_posix(): digest(path) for path in files}
 
 

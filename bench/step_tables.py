@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from bench.markdown import command, gib, table, threads
+from bench.markdown import command, device, gib, table, threads
 
 Results = Sequence[dict[str, Any]]
 _HEAD = ("date", "command", "machine", "versions", "sources")  # of a result file
@@ -26,7 +26,7 @@ def _throughput_of(result: Mapping[str, Any]) -> str:
             continue
         seconds = way["seconds"]
         spread = "" if way.get("spread") is None else f" ± {50 * way['spread']:.0f} %"
-        cells = [way["way"], f"{seconds['total']:.2f}{spread}"]
+        cells = [way["way"], f"{_scaled(seconds['total'], 1, 2)}{spread}"]
         cells += [_scaled(seconds.get(phase), 1, 2) for phase in phases]
         cells += [f"{way['images_per_s']:.3g}", _scaled(way.get("flops_per_s"), 1e12, 1)]
         cells.append(_scaled(way.get("of_matmul"), 0.01, 0, " %"))
@@ -36,10 +36,11 @@ def _throughput_of(result: Mapping[str, Any]) -> str:
         cells.append(_scaled(movement.get("overlap"), 0.01, 0, " %"))
         cells += [gib(way.get(f"{kind}_bytes")) for kind in ("peak_device", "planned_peak")]
         rows.append(cells)
-    heads = [str(result["device"]), "s a step", *phases, "images/s", "TFLOP/s", "of a matrix product"]
+    heads = [device(result), "s a step", *phases, "images/s", "TFLOP/s", "of a matrix product"]
     heads += ["GB to and from the device", "copies hidden", "peak device memory", "planned"]
     settings = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in result["settings"].items())
-    text = f"{settings}; the matrix product of the same run reached {result['matmul_flops_per_s'] / 1e12:.1f} TFLOP/s."
+    text = f"{settings}; the matrix product of the same run reached "
+    text += f"{_scaled(result['matmul_flops_per_s'], 1e12, 1)} TFLOP/s."
     if shorter := {way["way"]: way["steps"] for way in ways if way.get("steps", _steps(result)) != _steps(result)}:
         text += f" Rollout steps: {', '.join(f'{steps} in {way}' for way, steps in shorter.items())}."
     return f"{table(heads, rows)}\n{text} {command([result])}\n"
@@ -57,7 +58,11 @@ def absence(way: Mapping[str, Any]) -> str:
 
 
 def _scaled(value: float | None, unit: float, digits: int, suffix: str = "") -> str:
-    return "" if value is None else f"{value / unit:.{digits}f}{suffix}"
+    """With so many digits; what is below one with two significant ones at least."""
+    if value is None:
+        return ""
+    number = value / unit
+    return f"{number:.{digits}f}{suffix}" if number == 0 or abs(number) >= 1 else f"{number:.2g}{suffix}"
 
 
 def _where(result: Mapping[str, Any]) -> str:
@@ -65,7 +70,7 @@ def _where(result: Mapping[str, Any]) -> str:
 
 
 def parts(result: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """What the stages of `bench gpu` measured, as results of `bench throughput` and `bench kernels`."""
+    """What the stages of `bench gpu` measured, as results of `bench throughput`, `kernels` and `memory`."""
     if "stages" not in result:
         return
     head = {key: result[key] for key in _HEAD if key in result} | {"device": _gpu_name(result)}
@@ -80,6 +85,7 @@ def parts(result: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
             yield {**head, "settings": {"stage": name, **settings}, "matmul_flops_per_s": matmul, "ways": ways}
         if operations:
             yield {**head, "operations": operations}
+        yield from ({**head, **row} for row in rows if "lengths" in row)
 
 
 def gpu(results: Results, *, short: bool = False) -> str:
@@ -106,7 +112,7 @@ def _found(stage: Mapping[str, Any]) -> str:
         failed = [str(row["key"]) for row in checks if not row["passed"]]
         words.append(f"{len(checks) - len(failed)} of {len(checks)} checks passed")
         words += [f"failed: {key}" for key in failed]
-    elif any("way" in row or "operation" in row for row in rows):
+    elif any(key in row for row in rows for key in ("way", "operation", "lengths")):
         words.append(f"{len(rows)} rows, above")
     else:
         words += [f"{row['key']}: {', '.join(_rates(row))}" for row in rows]

@@ -11,6 +11,7 @@ is above every reward, so that every image has a gradient.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -37,6 +38,7 @@ from leapalign.surrogates import LeapAlign
 DTYPE = torch.bfloat16
 METHOD = LeapAlign(alpha=0.1, tau=0.1, threshold=10.0)
 GUIDANCE, LEARNING_RATE = 3.5, 1e-5
+SEED = 0  # of noise and pairs; weights and embeddings have their own
 _SAMPLED = 2**16  # elements of a parameter that are looked at for changes
 
 
@@ -91,7 +93,7 @@ class Step:
 
 
 @dataclass
-class Way:
+class Way(ABC):
     """A model, its optimizer and a reward, ready for steps. `close` before another one is made.
 
     Attributes:
@@ -108,20 +110,21 @@ class Way:
     microbatch: int | None = None
     memory: dict[str, Measured] = field(default_factory=dict)
 
+    @abstractmethod
     def step(self, number: int, steps: int) -> Step:
         """One optimizer step with a rollout of so many steps."""
-        raise NotImplementedError
 
+    @abstractmethod
     def flops(self, steps: int) -> int:
         """Of such a step: matrix products, convolutions and attention, what is computed twice twice."""
-        raise NotImplementedError
 
     def smaller(self) -> bool:
         """Take half the images at once from now on; False if there is only one."""
         return False
 
+    @abstractmethod
     def close(self) -> None:
-        """Let go of the device."""
+        """Let go of what would outlive this object: threads, host memory, the allocator's limit."""
 
     def sample(self) -> list[Tensor]:
         """Copies of some weights of the first and the last linear layers, to see that steps change them."""
@@ -132,7 +135,7 @@ class Way:
         """The arguments of `alignment_gradients` but for the executor's."""
         task, pipeline = self.task, self.pipeline
         embeds = random_models.embeddings(task.sizes, task.batch)
-        noise = draw_noise(0, number, range(task.batch), pipeline.latent_shape(task.resolution))
+        noise = draw_noise(SEED, number, range(task.batch), pipeline.latent_shape(task.resolution))
         return {
             "transformer": pipeline.transformer,
             "conditioning": pipeline.conditioning(embeds, task.resolution, GUIDANCE),
@@ -140,7 +143,7 @@ class Way:
             "sigmas": pipeline.sigmas(steps, task.resolution),
             "reward": LatentReward(pipeline, self.reward, random_models.prompts(task.batch)),
             "method": METHOD,
-            "pairs": draw_pairs(0, number, range(task.batch), steps),
+            "pairs": draw_pairs(SEED, number, range(task.batch), steps),
         }
 
 

@@ -18,7 +18,7 @@ from bench import record
 from bench.device_ways import Plain, Resident
 from bench.random_models import MODELS, tiny
 from bench.step_timing import Left, collect, machine_here, measured
-from bench.step_ways import Streamed, Task, Way, planner_of
+from bench.step_ways import SEED, Streamed, Task, Way, planner_of
 from bench.throughput_words import table, told
 from leapalign.engine.planner import BudgetError, Planner
 from leapalign.engine.sizes import parse_bytes
@@ -26,6 +26,8 @@ from leapalign.engine.workload import Budget
 
 SUMMARY = "seconds of an optimizer step by phase: streamed under device caps, resident, and a plain trainer"
 WAYS = ("streamed", "resident", "plain")
+CAPS = "24GiB,48GiB"
+SMALL_CAPS = "8MiB,1GiB"  # of shapes on a CPU: blocks have to be streamed in the first, in the second none has to
 TINY_CAP = "3850KiB"  # in which blocks of the tiny model have to be streamed
 
 
@@ -34,7 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", choices=[name for name in MODELS if name != "tiny"], default="shapes")
     parser.add_argument("--blocks", help="D,S: only so many double and single blocks")
     parser.add_argument("--ways", default=",".join(WAYS), help="(default: %(default)s)")
-    parser.add_argument("--vram", default="24GiB,48GiB", help="device caps of the streamed way (default: %(default)s)")
+    parser.add_argument(
+        "--vram", help=f"device caps of the streamed way (default: {CAPS}; {SMALL_CAPS} for shapes on a CPU)"
+    )
     parser.add_argument("--ram", help="host memory that plans may take (default: no limit)")
     parser.add_argument("--resolution", type=int, help="pixels a side (default: the model's)")
     parser.add_argument("--batch", type=int, help="images a step (default: the model's)")
@@ -62,7 +66,7 @@ def run(options: argparse.Namespace, unknown: list[str]) -> int:
     result = {"settings": settings, "device": measurement.device_name, **measurement.rates, "ways": rows}
     print(json.dumps(result, indent=1) if options.json else table(result))
     if options.output:
-        path = record.write(options.output, ["throughput", *_command(options)], result)
+        path = record.write(options.output, ["throughput", *_command(options)], result, seeds=[SEED])
         print(f"wrote {path.name}", file=sys.stderr)
     return 0
 
@@ -138,6 +142,10 @@ class Measurement:
 
 
 def _measurement(options: argparse.Namespace) -> Measurement:
+    gpu = torch.cuda.is_available() and not options.tiny
+    small = options.tiny or options.model == "shapes"
+    if not (gpu or small or options.blocks):
+        raise ValueError(f"model={options.model} needs a CUDA GPU, and torch sees none; --model shapes runs on a CPU")
     sizes = tiny() if options.tiny else MODELS[options.model]()
     if options.blocks is not None:
         counts = options.blocks.split(",")
@@ -148,7 +156,7 @@ def _measurement(options: argparse.Namespace) -> Measurement:
     for way in ways:
         if way not in WAYS:
             raise ValueError(f"ways={way} is unknown: choose from {', '.join(WAYS)}")
-    caps = [TINY_CAP] if options.tiny else options.vram.split(",")
+    caps = [TINY_CAP] if options.tiny else (options.vram or (CAPS if gpu or not small else SMALL_CAPS)).split(",")
     Budget(None, options.ram)
     for each in caps:
         parse_bytes(each, "vram")
@@ -160,7 +168,6 @@ def _measurement(options: argparse.Namespace) -> Measurement:
             raise ValueError(f"{name}={found[name]} must be at least {least}")
     if found["resolution"] % sizes.patch:
         raise ValueError(f"resolution={found['resolution']} must be a multiple of {sizes.patch} pixels")
-    gpu = torch.cuda.is_available() and not options.tiny
     repeats = min(found.pop("repeats"), 1 if options.tiny else 100)
     device = torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
     task = Task(sizes, device=device, microbatch=1 if options.tiny else None, **found)

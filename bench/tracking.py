@@ -68,7 +68,7 @@ def run(options: argparse.Namespace, unknown: list[str]) -> int:
     if options.output:
         given = ["--steps", str(options.steps), "--seeds", str(options.seeds)]
         given += ["--learning-rate", str(options.learning_rate)]
-        record.write(options.output, ["tracking", *given, "--json"], results)
+        record.write(options.output, ["tracking", *given, "--json"], results, seeds=range(options.seeds))
     print(json.dumps(results, indent=1) if options.json else table(results["summary"]))
     return 0
 

@@ -1,8 +1,9 @@
 """Peak memory against the number of differentiated steps: full backpropagation, LeapAlign in one graph, the engine.
 
 See bench/trajectory_points.py for the methods. The tiny model is measured with real tensors, each point in a process of
-its own; the large ones are counted on fake tensors. Batch, resolution and depth are axes: of each the first value is
-that of the curves over length, and the others are taken at two differentiated steps.
+its own; the large ones are counted on fake tensors, or with --gpu measured where they fit. Batch, resolution and depth
+are axes: of each the first value is that of the curves over length, and the others are taken at two differentiated
+steps.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ import torch
 
 from bench import record
 from bench.growth import fit, spread
-from bench.simulate import Workload
-from bench.trajectory_measured import measure
+from bench.simulate import SEED, Workload
+from bench.trajectory_measured import allocated, measure
 from bench.trajectory_points import ENGINE, METHODS, count, exists
 from leapalign.architectures import FLUX1_DEV, SD35_MEDIUM
 from leapalign.engine.plan import MemoryPlan
@@ -36,6 +37,8 @@ _INCLUDED = (
     "and activations; all weights, gradients and block inputs that wait are its host_bytes, as are the latents"
 )
 _HOW = {
+    "on a GPU": "real tensors on the GPU that is named. peak_bytes: the most that torch's allocator gave out; null "
+    "where the GPU was too small",
     "measured": "real tensors on the CPU. peak_bytes, host_bytes: live tensors, seen where operators are dispatched. "
     "resident_bytes: the process's own peak above what it had before the model was made, device's and host's part",
     "counted": "fake tensors. peak_bytes: live tensors of a simulated GPU. host_bytes: what the plan predicts, the "
@@ -97,11 +100,15 @@ def run(options: argparse.Namespace, unknown: list[str], command: list[str]) -> 
         print(f"bench memory: error: {error}", file=sys.stderr)
         return 2
     model = MODELS[options.model or "shapes"]
-    result = trajectory(plan, lengths, measure if model.how == "measured" else count, progress=_progress)
-    result = {"model": options.model or "shapes", "how": model.how, "how_in_words": _HOW[model.how], **result}
+    point: Point = allocated if options.gpu else measure if model.how == "measured" else count
+    result = trajectory(plan, lengths, point, progress=_progress)
+    how = {"how": model.how, "how_in_words": _HOW[model.how]}
+    if options.gpu:
+        how = {"how": "measured", "how_in_words": _HOW["on a GPU"], "device": torch.cuda.get_device_name()}
+    result = {"model": options.model or "shapes", **how, **result}
     print(json.dumps(result, indent=1) if options.json else table(result))
     if options.output:
-        path = record.write(options.output, ["memory", *command], result)
+        path = record.write(options.output, ["memory", *command], result, seeds=[SEED])
         print(f"wrote {path.name}", file=sys.stderr)
     return 0
 
@@ -127,7 +134,9 @@ def trajectory(axes: Axes, lengths: Sequence[int], point: Point, *, progress: Ca
     peaks = found["peak_bytes"]
     growth: dict[str, Any] = {
         "bytes_per_step": _lines(lengths, peaks),
-        "spread_over_lengths": {method: spread([p for p in peaks[method] if p is not None]) for method in ENGINE},
+        "spread_over_lengths": {
+            method: spread([p for p in peaks[method] if p is not None]) for method in ENGINE if any(peaks[method])
+        },
     }
     result["axes"] = {}
     for name, unit, position in (
@@ -156,7 +165,8 @@ def _once(point: Point, progress: Callable[[str], None]) -> Point:
                 return found
         found = point(workload, method)
         known.append((workload, method, found))
-        progress(f"{method}, {_spelled(workload)}: {found['peak_bytes'] / _MIB:.1f} MiB")
+        told = f"{found['peak_bytes'] / _MIB:.1f} MiB" if found else "out of memory"
+        progress(f"{method}, {_spelled(workload)}: {told}")
         return found
 
     return remembered
@@ -172,7 +182,7 @@ def _curves(workloads: Sequence[Workload], point: Point) -> dict[str, Any]:
     return {
         name: {method: [value.get(name) for value in values] for method, values in found.items()}
         for name in _FIELDS
-        if name in names
+        if name in names or name == "peak_bytes"
     }
 
 
@@ -219,6 +229,8 @@ def _settings(options: argparse.Namespace) -> tuple[list[int], Axes]:
             raise ValueError(
                 f"{other.replace('_', '-')} is not for --trajectory, which runs --model {name}: leave it out"
             )
+    if options.gpu and not torch.cuda.is_available():
+        raise ValueError(f"gpu: torch sees no CUDA GPU; without --gpu {name} is {model.how} on the CPU")
     lengths = numbers("trajectory", options.trajectory)
     if lengths != sorted(set(lengths)):
         raise ValueError(f"trajectory={options.trajectory}: give rising numbers of steps, e.g. 1,2,3,5,10,25")
@@ -242,6 +254,12 @@ def _settings(options: argparse.Namespace) -> tuple[list[int], Axes]:
         resolution=[replace(base, resolution=n) for n in resolutions],
         blocks=[replace(base, architecture=architecture) for architecture in architectures],
     )
+
+
+def plain(name: str, *, resolution: int, steps: int) -> Workload:
+    """A rollout of one image of that model, with everything streamed by the engine."""
+    model, plan = MODELS[name], MemoryPlan(microbatch=1, resident="none")
+    return model.workload(architecture=model.architecture(), batch=1, resolution=resolution, steps=steps, plan=plan)
 
 
 def numbers(name: str, text: str) -> list[int]:

@@ -1,6 +1,6 @@
-"""A point of memory against trajectory length, measured: real tensors on the CPU, in a process of its own.
+"""A point of memory against trajectory length, measured with real tensors.
 
-Two things are measured, in two runs of the same step:
+On a GPU: the peak of torch's allocator. On the CPU, in a process of its own, two things in two runs of the same step:
 
 - live bytes of tensors (bench/live_tensors.py): those that a GPU would hold apart from those that the engine keeps in
   host memory (weights, gradients, block inputs that wait);
@@ -22,10 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from bench.live_tensors import LiveTensors
-from bench.simulate import Workload, latents_shape, make_conditioning, make_transformer
+from bench.simulate import SEED, Workload, latents_shape, make_conditioning, make_transformer
 from bench.trajectory_points import ENGINE, engine_workload, run_graph
 from leapalign.engine.arena import HostArena
-from leapalign.engine.gradients import accumulation
+from leapalign.engine.gradients import Sink, accumulation
 from leapalign.engine.ledger import Ledger, resident_bytes
 from leapalign.engine.modulation import OuterProduct
 from leapalign.engine.streamed import StreamedModel
@@ -35,6 +35,7 @@ from leapalign.rollout import rollout
 from leapalign.streamed import streamed_rollout, streamed_vjps
 from leapalign.surrogates import last_steps
 
+_CPU = torch.device("cpu")
 _MMAP_THRESHOLD, _KEPT = -3, 2**15  # mallopt's option; larger blocks go back to the system when they are freed
 
 
@@ -101,23 +102,60 @@ def live_bytes(workload: Workload, method: str) -> dict[str, int]:
     return {"peak_bytes": live.device.peak, "host_bytes": live.host.peak}
 
 
-class _Step:
-    """A model with its inputs, ready to roll out and to differentiate the last steps."""
+def allocated(workload: Workload, method: str, device: torch.device | None = None) -> dict[str, int]:
+    """A point measured on the GPU, in this process.
 
-    def __init__(self, workload: Workload, method: str) -> None:
+    Args:
+        device: None for the current GPU.
+
+    Returns:
+        peak_bytes: the most that torch's allocator gave out, workspaces of libraries among it; left out where the
+            device was too small.
+    """
+    device = device or torch.device("cuda", torch.cuda.current_device())
+    gc.collect()  # what an earlier point left behind
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated(device)
+    try:
+        with closing(_Step(workload, method, device, discard=True)) as step:
+            torch.cuda.reset_peak_memory_stats(device)  # making the model is no part of it
+            step.run()
+            torch.cuda.synchronize(device)
+            return {"peak_bytes": torch.cuda.max_memory_allocated(device) - before}
+    except torch.OutOfMemoryError:
+        return {}
+
+
+class _Step:
+    """A model with its inputs, ready to roll out and to differentiate the last steps.
+
+    Args:
+        discard: the engine's weights are drawn on the device, a unit at a time, and its gradients kept nowhere: 48 GB
+            of them would take long to fill.
+    """
+
+    def __init__(self, workload: Workload, method: str, device: torch.device = _CPU, *, discard: bool = False) -> None:
         self.workload, self.method = workload, method
-        torch.manual_seed(0)
-        with default_dtype(workload.dtype):
+        torch.manual_seed(SEED)
+        home = _CPU if method in ENGINE else device  # the engine's latents are on the host
+        with default_dtype(workload.dtype), torch.device("meta" if discard and method in ENGINE else home):
             transformer = make_transformer(workload).eval()
-        self.conditioning = {n: torch.randn_like(value) for n, value in make_conditioning(workload, "cpu").items()}
-        self.noise, self.g = torch.randn(2, *latents_shape(workload))
-        self.sigmas = torch.linspace(1, 0, workload.steps + 1)
+        conditioning = make_conditioning(workload, str(home))
+        self.conditioning = {name: torch.randn_like(value) for name, value in conditioning.items()}
+        self.noise, self.g = torch.randn(2, *latents_shape(workload), device=home)
+        self.sigmas = torch.linspace(1, 0, workload.steps + 1, device=home)
         self.transformer: nn.Module = transformer
         if method in ENGINE:
             self.workload = engine_workload(workload, method)
             plan = replace(workload.plan, keep_block_inputs=self.workload.keep_block_inputs, kernels="torch")
-            self.sink = _HostGradients(transformer, accumulation(workload.dtype))
-            self.transformer = _Watched(transformer, plan, device="cpu")
+            self.sink: Sink = _Discard() if discard else _HostGradients(transformer, accumulation(workload.dtype))
+            if discard:
+                _fill_buffers(transformer)
+            self.transformer = _Watched(transformer, plan, device=device)
+            if discard:
+                from bench.random_models import fill  # not where processes are measured: it brings more than they need
+
+                fill(self.transformer.store, device)
 
     def close(self) -> None:
         if isinstance(self.transformer, StreamedModel):
@@ -175,6 +213,22 @@ class _Watched(StreamedModel):
 
     def _device(self) -> AbstractContextManager[None]:
         return nullcontext() if self.live is None else self.live.on_device()
+
+
+def _fill_buffers(module: nn.Module) -> None:
+    """Buffers of a module on meta become zeros on the host."""
+    for name, buffer in list(module.named_buffers()):
+        owner, _, attribute = name.rpartition(".")
+        setattr(module.get_submodule(owner), attribute, torch.zeros_like(buffer, device=_CPU))
+
+
+class _Discard:
+    """A sink that keeps nothing, in the host's place."""
+
+    on_host = True
+
+    def __call__(self, unit: str, gradients: Mapping[str, Tensor | OuterProduct]) -> None:
+        """Nothing is done with them."""
 
 
 class _HostGradients:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from leapalign.engine.arena import HostArena
-from leapalign.engine.queues import CopyStream, Queue, WorkerThread
+from leapalign.engine.queues import CopyStream, CurrentStream, Queue, WorkerThread
 from leapalign.engine.traffic import HOST_UPDATE
 from leapalign.kernels import host, host_adamw8bit
 from leapalign.kernels.adamw8bit import Hyper
@@ -66,10 +66,14 @@ def matmul_flops_per_s(device: torch.device | str, *, seconds: float = 1.0) -> f
     left, right = (torch.randn(side, side, generator=generator, device=device).bfloat16() for _ in range(2))
     out = torch.empty_like(left)
 
+    compute = CurrentStream(device) if device.type == "cuda" else None
+
     def product() -> float:
-        stamp = _Stamp(device)
+        begin = Stamp(compute)
         torch.mm(left, right, out=out)
-        return stamp.seconds_since()
+        end = Stamp(compute)
+        end.reach()
+        return end.after(begin)
 
     return 2 * side**3 / median(_repeated(product, seconds))
 
@@ -155,15 +159,15 @@ def _wall(function: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-class _Stamp:
-    """A point in a queue's work, or in the caller's: an event of CUDA, or the time at which a thread got there."""
+class Stamp:
+    """A point in a queue's work: an event of CUDA, or the time at which a thread got there. Without a queue: now."""
 
-    def __init__(self, device: torch.device, queue: CopyStream | WorkerThread | None = None) -> None:
-        self._device = device
+    def __init__(self, queue: Queue | None = None) -> None:
+        self._event: torch.cuda.Event | None = None
         self._time = 0.0
-        if device.type == "cuda":
+        if isinstance(queue, CurrentStream):
             self._event = torch.cuda.Event(enable_timing=True)
-            self._event.record(queue.stream if isinstance(queue, CopyStream) else torch.cuda.current_stream(device))
+            self._event.record(queue.stream)
         elif isinstance(queue, WorkerThread):
             queue.run(self._set)
         else:
@@ -172,18 +176,16 @@ class _Stamp:
     def _set(self) -> None:
         self._time = time.perf_counter()
 
-    def after(self, other: _Stamp) -> float:
-        """Seconds from the other one to this one; both are reached."""
-        if self._device.type == "cuda":
+    def after(self, other: Stamp) -> float:
+        """Seconds from the other one to this one; both are reached, and of one kind of queue."""
+        if self._event is not None and other._event is not None:
             return float(other._event.elapsed_time(self._event)) / 1e3
         return self._time - other._time
 
-    def seconds_since(self) -> float:
-        """Seconds until everything issued up to now is done, which is waited for."""
-        now = _Stamp(self._device)
-        if self._device.type == "cuda":
-            now._event.synchronize()
-        return now.after(self)
+    def reach(self) -> None:
+        """Wait for a point in a CUDA stream's work; of a thread's queue its owner does."""
+        if self._event is not None:
+            self._event.synchronize()
 
 
 # ---- copies --------------------------------------------------------------------------------------------------------
@@ -193,7 +195,6 @@ class _Lane:
     """One direction: its queue, memory on both sides, and when each of its copies began and ended."""
 
     def __init__(self, device: torch.device, name: str, nbytes: int) -> None:
-        self._device = device
         cuda = device.type == "cuda"
         self._arena = HostArena({"": nbytes}, pin=cuda)
         here: Tensor = self._arena[""].fill_(1)
@@ -203,12 +204,12 @@ class _Lane:
         if isinstance(self._queue, CopyStream):
             self._queue.follow_current()  # the memory there is being filled
 
-    def issue(self, count: int) -> list[_Stamp]:
+    def issue(self, count: int) -> list[Stamp]:
         """Issue so many copies; the stamps around them."""
-        stamps = [_Stamp(self._device, self._queue)]
+        stamps = [Stamp(self._queue)]
         for _ in range(count):
             self._queue.copy((self._pair,))
-            stamps.append(_Stamp(self._device, self._queue))
+            stamps.append(Stamp(self._queue))
         return stamps
 
     def reach(self) -> None:

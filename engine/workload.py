@@ -187,12 +187,15 @@ class Machine:
         try:
             values = json.loads(Path(path).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise ValueError(f"machine={path} is no JSON file: {error}") from None
+            raise ValueError(
+                f"machine={path} is no JSON file: {error}; `leapalign doctor --output FILE.json` writes one"
+            ) from None
         if isinstance(values, dict) and "machine" in values:
             values = values["machine"]
         known = {each.name for each in fields(cls)}
         if not isinstance(values, dict) or values.keys() - known:
-            raise ValueError(f"machine={path}: give an object with some of {', '.join(sorted(known))}")
+            wrong = f"{', '.join(sorted(values.keys() - known))} unknown" if isinstance(values, dict) else "no object"
+            raise ValueError(f"machine={path}: {wrong}; give an object with some of {', '.join(sorted(known))}")
         try:
             return cls(**values)
         except ValueError as error:

@@ -17,6 +17,9 @@ from bench.__main__ import main
 from bench.gpu import Measurement, Stage
 from bench.gpu_stages import Context
 from bench.gpu_words import table
+from bench.memory_tables import trajectory as trajectory_table
+from bench.step_tables import parts
+from bench.trajectory_points import METHODS
 
 CPU = torch.device("cpu")
 
@@ -131,6 +134,27 @@ def test_steps_under_a_cap_pass_on_the_cpu() -> None:
         assert row["copies"]["h2d_bytes"] > 0  # weights do not stay in so little memory
     wrong = {**rows[0], "losses": [float("nan")], "weights_changed": [0.0, 0.5]}
     assert gpu_stages._faults(wrong) == ["the loss is not finite", "weights have not changed"]
+
+
+def test_memory_against_length_is_a_stage() -> None:
+    """What it emits stands in the report beside the curves of `bench memory`, and without time it is not finished."""
+    rows: list[dict[str, Any]] = []
+    gpu_stages.trajectory(Context(tiny=True, deadline=time.monotonic() + 3600, emit=rows.append))
+    (row,) = rows
+    assert row["faults"] == [] and row["lengths"] == [1, 2] and set(row["peak_bytes"]) == set(METHODS)
+    stages = {"trajectory": {"status": "passed", "seconds": 1.0, "rows": rows}}
+    (line,) = [line for line in table({"stages": stages}).splitlines() if line.startswith("trajectory")]
+    assert "shapes: differentiated steps in one graph 0.0" in line and "GiB with 2; the engine 0.0" in line
+    result = {"command": "python -m bench gpu", "machine": {"gpu": "A GPU"}, "gpu": {"name": "A GPU"}, "stages": stages}
+    (part,) = parts(result)
+    text = trajectory_table([part])
+    assert "| shapes | 1 step | 2 steps | a step more |" in text and "Measured on real tensors on A GPU" in text
+    late: list[dict[str, Any]] = []
+    with pytest.raises(gpu_stages.FailedError, match="no time for 31 points"):  # LeapAlign has one of six lengths
+        gpu_stages.trajectory(Context(tiny=False, deadline=time.monotonic(), emit=late.append))
+    assert late[0]["faults"] == ["no time for 31 points"]
+    gpu_stages.trajectory(Context(tiny=True, deadline=0, done=["shapes"], emit=late.append))
+    assert len(late) == 1
 
 
 # ---- what the checks of a device catch -----------------------------------------------------------------------------

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 
 import pytest
 
-from bench import figures, record, report, sources
-from bench.__main__ import COMMANDS, main
+from bench import commands, figures, record, report, sources
+from bench.__main__ import COMMANDS, main, parser
+from bench.markdown import NOTHING
 from bench.sections import SECTIONS
 
 TOLD = "run `python -m bench report`"
@@ -52,8 +54,35 @@ def test_figures_are_of_the_results():
 def test_every_command_that_is_told_exists():
     """Of what is not measured, too; commands that are not there yet belong to sections that are not measured."""
     told = re.findall(r"python -m bench ([\w-]+)", report.PAGE.read_text())
-    there = {section.measured_by.split()[3] for section in SECTIONS if section.measured_by.startswith("python")}
-    assert set(told) <= {*COMMANDS, *there}
+    assert set(told) == set(COMMANDS)
+
+
+def test_the_overview_is_of_commands_as_they_are():
+    """Every command is in it, every section's is among them, and all take the options that they are told with."""
+    listed = {command.text for command in commands.ALL}
+    assert listed >= {section.measured_by.text for section in SECTIONS}
+    words = [shlex.split(text) for text in listed if text.startswith("python -m bench ")]
+    assert {each[3] for each in words} == set(COMMANDS)
+    for each in words:
+        options, unknown = parser([each[3]]).parse_known_args(each[3:])
+        assert unknown == []
+        if getattr(options, "output", None):  # it writes what the overview says
+            assert options.output in {command.result for command in commands.ALL}
+
+
+def test_minutes_are_of_the_files_that_are_there():
+    none = commands.overview({})
+    assert none.count(f"| {NOTHING} |") == len(commands.ALL)
+    results: dict[str, dict[str, object]] = {
+        "memory-flux1-dev-512": {"command_seconds": 90.0},
+        "memory-flux1-dev-1024": {"command_seconds": 240},
+        "a-gpu-2026-01-02": {"stages": {}, "command_seconds": 500.0},
+        "curves-shapes": {},
+    }
+    text = commands.overview(results)
+    assert "counted on fake tensors | `bench/results/memory-flux1-dev.json` | 1.5 to 4.0 |" in text
+    assert "| `bench/results/<gpu>-<date>.json` | 8.3 |" in text
+    assert text.count(f"| {NOTHING} |") == len(commands.ALL) - 2
 
 
 # ---- what is not measured ------------------------------------------------------------------------------------------
@@ -61,7 +90,8 @@ def test_every_command_that_is_told_exists():
 
 def test_without_results_nothing_is_a_number(results_folder):
     text = report.page(report.load())
-    bodies = text.split("\n## ")[1:]
+    overview, *bodies = text.split("\n## ")[1:]
+    assert commands.overview({}) in overview + "\n"
     assert len(bodies) == len(SECTIONS)
     for body, section in zip(bodies, SECTIONS, strict=True):
         assert report.not_measured(section) in body + "\n"
@@ -130,16 +160,30 @@ def test_the_page_says_so(monkeypatch):
     monkeypatch.setattr(sources, "digests", lambda what, root: {f"{i}.py": "new" for i in range(6)})
     told = report.outdated([{"command": command, "sources": {"0.py": "old"}}])
     assert told == "**Measured before `0.py`, `1.py`, `2.py`, `3.py` and 2 other files changed.**"
-    assert report.outdated([{"command": command}]) == ""
-    assert "not recorded" in report.origin([{"command": command, "date": "2026-01-01"}])
+    unknown = {"command": command, "date": "2026-01-01"}
+    assert report.origin([unknown]) == "Measured 2026-01-01.\n\nSources not recorded.\n"
+    known = {"command": command, "sources": {f"{i}.py": "new" for i in range(6)}}
+    assert report.outdated([known, unknown]) == "Sources not recorded in 1 of 2 results."
+    assert report.outdated([known, {"rates": {}}]) == ""  # of another program
+
+
+def test_the_readme_says_so(results_folder):
+    (results_folder / "memory-x.json").write_text(json.dumps(memory(512, 2**30)))
+    assert report.fill(block("memory", ""), report.load()).endswith("\nSources not recorded.\n<!-- end -->")
 
 
 def test_result_files_record_what_decides_them(results_folder):
-    path = record.write("kernels-x", ["kernels", "--compile-only"], {"found": 1})
+    path = record.write("kernels-x", ["kernels", "--compile-only"], {"found": 1}, seeds=[3])
     written = json.loads(path.read_text())
     assert written["sources"] == sources.digests("kernels")
     assert "kernels/leap.py" in written["sources"]
+    assert written["seed"] == [3] and written["command_seconds"] > 0
+    assert {"date", "command", "machine", "versions"} < written.keys()
     assert report.outdated([written]) == ""
+
+
+def test_every_command_that_measures_has_sources():
+    assert set(sources.DEPENDS) == set(COMMANDS) - {"report"}
 
 
 def test_every_pattern_finds_a_file():

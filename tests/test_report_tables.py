@@ -268,6 +268,26 @@ def test_stages_of_a_run_stand_where_their_benchmarks_do(results_folder):
     assert {figure.name for figure, _ in report.shown(results)} == {"seconds-by-phase", "kernels-roofline"}
 
 
+def test_a_cpu_does_not_stand_for_a_gpu(results_folder):
+    """Small numbers keep their digits, and what only a GPU shows stays to be measured."""
+    way = {**THROUGHPUT["ways"][0], "seconds": {"rollout": 0.5031, "update": 0.00148, "total": 1.1}}
+    way |= {"flops_per_s": 1.08e10, "movement": {"h2d_bytes": 2.2e6, "d2h_bytes": 6.4e6, "overlap": None}}
+    small = {**THROUGHPUT, **HEAD, "device": "cpu", "matmul_flops_per_s": 3.17e10, "ways": [way]}
+    small["settings"] = {"model": "shapes", **small["settings"]}
+    (results_folder / "throughput-shapes.json").write_text(json.dumps(small))
+    results = report.load()
+    text = report.page(results)
+    assert "| 2 threads of A CPU | s a step | rollout | update |" in text
+    assert "| 1.10 ± 1 % | 0.5 | 0.0015 | 0.286 | 0.011 | 50 % | 0.0022 + 0.0064 |" in text
+    assert "reached 0.032 TFLOP/s" in text
+    missing = "On a GPU: not measured, `python -m bench throughput --model flux1_dev"
+    assert missing in text
+    ((figure, data),) = report.shown(results)
+    assert figure.name == "seconds-by-phase" and data[0]["title"] == "shapes on 2 threads of A CPU"
+    (results_folder / "throughput-flux1-dev.json").write_text(json.dumps(THROUGHPUT))
+    assert missing not in report.page(report.load())
+
+
 def test_the_host_optimizer_without_our_module_has_no_sentence():
     section = next(section for section in SECTIONS if section.name == "host-optimizer")
     assert section.quoted is not None

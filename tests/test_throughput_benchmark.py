@@ -11,14 +11,15 @@ import torch
 from torch import Tensor
 
 from bench import random_models, step_ways, throughput
-from bench.__main__ import main
+from bench.__main__ import main, parser
 from bench.device_ways import Plain, Resident
 from bench.movement import watched
 from bench.step_timing import over_plan, rollout_steps
-from bench.step_ways import Step, Task
+from bench.step_ways import Step, Task, planner_of
 from leapalign.alignment import alignment_gradients
 from leapalign.engine.ledger import Measured
 from leapalign.engine.streamer import Streamer
+from leapalign.engine.workload import Budget
 
 CPU = torch.device("cpu")
 
@@ -138,12 +139,26 @@ def test_phases_above_the_plan_are_named() -> None:
         (["--resolution", "20"], "resolution=20 must be a multiple of 8 pixels"),
         (["--repeats", "0"], "repeats=0 must be at least 1"),
         (["--fast"], "unknown argument --fast"),
+        (["--model", "flux1_dev"], "model=flux1_dev needs a CUDA GPU, and torch sees none"),
     ],
 )
-def test_wrong_settings(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_settings(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert main(["throughput", *arguments]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("bench throughput: error: ") and message in line
+
+
+def test_the_packaged_model_is_streamed_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under the smaller of its caps blocks come and go in every step; under the larger they stay."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    measurement = throughput._measurement(parser(["throughput"]).parse_args(["throughput"]))
+    assert measurement.names() == ["streamed, 8MiB", "streamed, 1GiB", "resident", "plain"]
+    planner = planner_of(measurement.task, measurement._machine)
+    plans = [planner.plan(Budget(cap)) for cap in measurement.caps]
+    assert plans[0].resident != "all" and plans[1].resident == "all"
 
 
 # ---- copies --------------------------------------------------------------------------------------------------------

@@ -5,19 +5,22 @@ from __future__ import annotations
 import copy
 import gc
 import json
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
 
-from bench import record, trajectory
+from bench import record, trajectory, trajectory_measured
 from bench.__main__ import main
 from bench.growth import Line, fit, spread
 from bench.live_tensors import LiveTensors
 from bench.one_graph import backpropagate_leaps, backpropagate_steps, checkpoint_blocks
 from bench.simulate import Workload
-from bench.trajectory_measured import live_bytes
+from bench.trajectory_measured import allocated, live_bytes
 from bench.trajectory_points import ENGINE, METHODS, count, exists
 from leapalign.alignment import surrogate_gradients
+from leapalign.architectures import SD35_MEDIUM
 from leapalign.engine.arena import HostArena
 from leapalign.engine.gradients import GradientDictionary
 from leapalign.engine.plan import MemoryPlan
@@ -165,6 +168,52 @@ def test_full_trajectory_grows_and_the_engine_is_flat():
     assert not any(host["full_autograd"])
 
 
+def test_points_on_a_gpu(monkeypatch):
+    """Its steps, on the CPU in the GPU's place: gradients are where each method leaves them, and memory that does not
+    suffice is no point. SD3's kind has a buffer besides.
+    """
+    steps: list[trajectory_measured._Step] = []
+    run = trajectory_measured._Step.run
+
+    def remembered(step, live=None):
+        steps.append(step)
+        run(step, live)
+
+    monkeypatch.setattr(trajectory_measured._Step, "run", remembered)
+    for name, value in {"empty_cache": None, "reset_peak_memory_stats": None, "synchronize": None}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 10)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 110)
+    for method in ("full_checkpointed", "leapalign_one_graph", "engine_paired", "engine_held"):
+        assert allocated(tiny_workload(), method, torch.device("cpu")) == {"peak_bytes": 100}
+    grads = [[p.grad is not None for p in step.transformer.parameters()] for step in steps]
+    small: dict[str, Any] = {
+        "num_layers": 2,
+        "num_attention_heads": 2,
+        "attention_head_dim": 8,
+        "caption_projection_dim": 16,
+    }
+    small |= {"joint_attention_dim": 16, "pooled_projection_dim": 16, "dual_attention_layers": (0,), "sample_size": 8}
+    sd3 = tiny_workload(architecture={**SD35_MEDIUM, **small, "pos_embed_max_size": 8})
+    assert allocated(sd3, "engine_paired", torch.device("cpu")) == {"peak_bytes": 100}
+    assert all(grads[0]) and all(grads[1]) and not any(grads[2] + grads[3])  # the engine's went to its sink
+
+    def too_large(step, live=None):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(trajectory_measured._Step, "run", too_large)
+    lines: list[str] = []
+    base = tiny_workload()
+    axes = trajectory.Axes([base], [base], [base])
+    point = partial(allocated, device=torch.device("cpu"))
+    result = trajectory.trajectory(axes, [1, 2], point, progress=lines.append)
+    assert result["peak_bytes"]["engine_held"] == [None, None]
+    assert result["growth"]["spread_over_lengths"] == {} and "engine_held" in trajectory.table(
+        {"model": "m", "how": "h", **result}
+    )
+    assert lines[0].endswith("out of memory")
+
+
 def tiny_workload(**settings):
     return Workload(**{"architecture": TINY, "batch": 1, "resolution": 64, "steps": 4, "text_tokens": 8, **settings})
 
@@ -285,7 +334,13 @@ def test_wrong_settings_are_told_in_one_line(wrong, capsys):
     assert wrong[0].lstrip("-") in error
 
 
-@pytest.mark.parametrize("wrong", [["--batch", "1,2"], ["--model", "shapes"], ["--blocks", "1,1", "2,2"]])
+def test_without_a_gpu_nothing_is_measured_on_one(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["memory", "--trajectory", "1,2", "--model", "flux1_dev", "--gpu"]) == 2
+    assert "gpu: torch sees no CUDA GPU; without --gpu flux1_dev is counted on the CPU" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("wrong", [["--gpu"], ["--batch", "1,2"], ["--model", "shapes"], ["--blocks", "1,1", "2,2"]])
 def test_a_single_step_takes_no_lists(wrong, capsys):
     assert main(["memory", "--simulate", "flux1_dev", *wrong]) == 2
     assert wrong[0].lstrip("-") in capsys.readouterr().err

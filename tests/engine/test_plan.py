@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 
 import pytest
 import torch
@@ -326,11 +327,17 @@ def test_a_machine_is_read_from_a_file(tmp_path):
     path = tmp_path / "machine.json"
     path.write_text('{"flops_per_s": 4e14}')
     assert Machine.read(path) == Machine(flops_per_s=4e14)
-    for text in ("{", "[]", '{"speed": 1}', '{"flops_per_s": "fast"}', '{"flops_per_s": 0}'):
+    for text, told in {
+        "{": "is no JSON file: ",
+        "[]": "no object; give an object with some of d2h_bytes_per_s, ",
+        '{"speed": 1, "flops_per_s": 1}': "speed unknown; give an object",
+        '{"flops_per_s": "fast"}': "flops_per_s='fast' must be a number",
+        '{"flops_per_s": 0}': "flops_per_s=0 must be above 0",
+    }.items():
         path.write_text(text)
-        with pytest.raises(ValueError, match="machine="):
+        with pytest.raises(ValueError, match=f"machine=.*{re.escape(told)}"):
             Machine.read(path)
-    with pytest.raises(ValueError, match="machine="):
+    with pytest.raises(ValueError, match=r"machine=.*`leapalign doctor --output FILE.json` writes one"):
         Machine.read(tmp_path / "none.json")
 
 
