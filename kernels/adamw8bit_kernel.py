@@ -86,6 +86,7 @@ def _draws(
     seed_high,
     parameter,
     step,
+    ROUNDS: tl.constexpr,
 ):
     """The draws of (BLOCKS, 256) elements, int32 in 0 .. 65535."""
     low = block.to(tl.uint32) | tl.arange(0, 32).to(tl.uint32)[None, :]
@@ -169,6 +170,7 @@ def _update(
     eps,
     decay_w,
     gain_ema,  # 1 - ema_decay
+    ROUNDS: tl.constexpr,  # of Philox
     AVERAGE: tl.constexpr,  # what the blocks of the average's draws are counted from
     WHOLE_ROWS: tl.constexpr,  # cols is a multiple of 256
     BLOCKS: tl.constexpr,
@@ -245,7 +247,7 @@ def _update(
         tl.store(weights_ptr + begin * 256 + offset, _as_bf16(high + ((bits >> 31) << 15)), mask=inside)
         w = ((((high << 8) + low) << 8) | ((bits >> 31) << 31)).to(tl.float32, bitcast=True)
     elif weights_ptr.dtype.element_ty == tl.bfloat16:
-        rounded = _round(w, _draws(philox_block, seed_low, seed_high, parameter, step))
+        rounded = _round(w, _draws(philox_block, seed_low, seed_high, parameter, step, ROUNDS))
         tl.store(weights_ptr + begin * 256 + offset, _as_bf16(rounded), mask=inside)
         w = _as_fp32(rounded)
     else:
@@ -254,7 +256,8 @@ def _update(
     if ema_ptr is not None:
         ema = ema + (w - ema) * gain_ema
         if ema_ptr.dtype.element_ty == tl.bfloat16:
-            rounded = _round(ema, _draws(philox_block + AVERAGE, seed_low, seed_high, parameter, step))
+            draws = _draws(philox_block + AVERAGE, seed_low, seed_high, parameter, step, ROUNDS)
+            rounded = _round(ema, draws)
             tl.store(ema_ptr + begin * 256 + offset, _as_bf16(rounded), mask=inside)
         else:
             tl.store(ema_ptr + begin * 256 + offset, ema, mask=inside)
@@ -332,6 +335,7 @@ def launch(
             _signed(hp.step),
             *(by.gain, by.decay_m, by.decay_root, by.unit, by.root_gain, by.eps, by.decay_w),
             1 - ema_decay,
+            ROUNDS=ROUNDS,
             AVERAGE=AVERAGE_STREAM // DRAWS_PER_BLOCK,
             WHOLE_ROWS=cols % BLOCK == 0,
             BLOCKS=BLOCKS,
@@ -377,6 +381,7 @@ def _compilation(weights: str, gradient: str, average: str | None) -> Compilatio
     floats = ("gain", "decay_m", "decay_root", "unit", "root_gain", "eps", "decay_w", "gain_ema")
     constants = {
         **{name: None for name, kind in pointers.items() if kind is None},
+        "ROUNDS": ROUNDS,
         "AVERAGE": AVERAGE_STREAM // DRAWS_PER_BLOCK,
         "WHOLE_ROWS": not gradient.endswith("ragged"),
         "BLOCKS": BLOCKS,
