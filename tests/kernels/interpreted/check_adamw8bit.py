@@ -24,7 +24,7 @@ from leapalign.kernels.adamw8bit import AVERAGE_STREAM, Hyper
 from leapalign.kernels.adamw8bit_kernel import BLOCKS
 from leapalign.kernels.adamw8bit_triton import expand, update_outer, update_triton
 from leapalign.kernels.quantize import BLOCK, blocks_of, boundaries, signed_map, unsigned_map
-from leapalign.kernels.rounding import random_draws, round_with_draws
+from leapalign.kernels.rounding import ROUNDS, random_draws, round_with_draws
 from leapalign.kernels.sum_of_squares import CHUNK, sum_of_squares, sum_of_squares_outer
 
 HYPER = Hyper(lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.01, step=7)
@@ -241,9 +241,10 @@ def draws_kernel(
     seed_high,
     parameter,
     step,
+    ROUNDS: tl.constexpr,
 ) -> None:
     block = tl.load(block_ptr) + tl.arange(0, 8).to(tl.int64)[:, None] * 32
-    draws = adamw8bit_kernel._draws(block, seed_low, seed_high, parameter, step)
+    draws = adamw8bit_kernel._draws(block, seed_low, seed_high, parameter, step, ROUNDS)
     tl.store(out_ptr + tl.arange(0, 8)[:, None] * 256 + tl.arange(0, 256)[None, :], draws)
 
 
@@ -254,7 +255,7 @@ def test_draws(seed: int, first: int) -> None:
     for parameter, step in ((0, 1), (2**32 - 1, 2**31), (7, 2**32 - 1)):
         out = torch.empty(8, 256, dtype=torch.int32)
         words = [signed(word) for word in (seed & 0xFFFFFFFF, seed >> 32, parameter, step)]
-        draws_kernel[(1,)](torch.tensor([first // 8]), out, *words)
+        draws_kernel[(1,)](torch.tensor([first // 8]), out, *words, ROUNDS=ROUNDS)
         assert torch.equal(out.view(-1), random_draws(seed, step, parameter, offset=first, count=8 * 256))
 
 
