@@ -94,7 +94,7 @@ def test_without_results_nothing_is_a_number(results_folder):
     assert commands.overview({}) in overview + "\n"
     assert len(bodies) == len(SECTIONS)
     for body, section in zip(bodies, SECTIONS, strict=True):
-        assert report.not_measured(section) in body + "\n"
+        assert report.not_measured(section, {}) in body + "\n"
         assert "|" not in body and "![" not in body
     quoted = report.fill(block("quality", "| 99 % |\n"), report.load())
     assert quoted == block("quality", "Not measured. `python -m bench quality` measures it.\n")
@@ -155,16 +155,35 @@ def test_a_string_that_is_no_docstring_counts(project):
     assert sources.changed("quality", before, project) == ["one.py"]
 
 
-def test_the_page_says_so(monkeypatch):
-    command = "python -m bench quality --seeds 3"
+QUALITY = next(section for section in SECTIONS if section.name == "quality")
+
+
+def test_a_result_older_than_what_decides_it_is_not_shown(monkeypatch):
     monkeypatch.setattr(sources, "digests", lambda what, root: {f"{i}.py": "new" for i in range(6)})
-    told = report.outdated([{"command": command, "sources": {"0.py": "old"}}])
-    assert told == "**Measured before `0.py`, `1.py`, `2.py`, `3.py` and 2 other files changed.**"
-    unknown = {"command": command, "date": "2026-01-01"}
-    assert report.origin([unknown]) == "Measured 2026-01-01.\n\nSources not recorded.\n"
-    known = {"command": command, "sources": {f"{i}.py": "new" for i in range(6)}}
-    assert report.outdated([known, unknown]) == "Sources not recorded in 1 of 2 results."
-    assert report.outdated([known, {"rates": {}}]) == ""  # of another program
+    old = {"command": "python -m bench quality --seeds 3", "sources": {"0.py": "old"}, "seeds": [{"reward": 12345}]}
+    told = report.not_measured(QUALITY, {"quality-shapes": old})
+    assert told == (
+        "Not measured since `0.py`, `1.py`, `2.py`, `3.py` and 2 other files changed. "
+        "`python -m bench quality` measures it.\n"
+    )
+    assert report.chosen(QUALITY, {"quality-shapes": old}) == []
+    assert report.fill(block("quality", "| 99 % |\n"), {"quality-shapes": old}) == block("quality", told)
+    assert report._body(QUALITY, {"quality-shapes": old}) == told
+
+
+def test_what_is_left_out_of_a_table_is_named(monkeypatch):
+    memories = next(section for section in SECTIONS if section.name == "memory")
+    monkeypatch.setattr(sources, "digests", lambda what, root: {"one.py": "new"})
+    known, unknown, old = (memory(512, 2**30) for _ in range(3))
+    known["sources"], old["sources"] = {"one.py": "new"}, {"one.py": "old"}
+    results = {"memory-1": known, "memory-2": unknown, "memory-3": old}
+    assert report.chosen(memories, results) == [known, unknown]
+    told = "One result is left out: measured before `one.py` changed. Sources not recorded in 1 of 2 results."
+    assert report.outdated(memories, results) == told
+    assert report.outdated(memories, {"memory-1": known}) == ""
+    assert report.outdated(memories, {"memory-2": unknown}) == "Sources not recorded."
+    assert report.origin([unknown | {"date": "2026-01-01"}], "So.").endswith("2026-01-01.\n\nSo.\n")
+    assert report.changed_since({"rates": {}}) == []  # of another program
 
 
 def test_the_readme_says_so(results_folder):
@@ -179,7 +198,7 @@ def test_result_files_record_what_decides_them(results_folder):
     assert "kernels/leap.py" in written["sources"]
     assert written["seed"] == [3] and written["command_seconds"] > 0
     assert {"date", "command", "machine", "versions"} < written.keys()
-    assert report.outdated([written]) == ""
+    assert report.changed_since(written) == []
 
 
 def test_every_command_that_measures_has_sources():
