@@ -91,8 +91,7 @@ struct Decoder {
         for (size_t i = 0; i < 256; ++i) values[i][0] = 0, values[i][1] = bits_of(map.decoded[i]);
     }
 
-    // kGroup codes to Map::decoded, two at once. By the load units, which are idle: with eight entries a
-    // permutation, lines take longer, and so do gathers since their microcode was changed (Downfall).
+    // kGroup codes to Map::decoded, two at once, by loads of single values: a step with gathers takes longer.
     LEAPALIGN_METHOD void decode(const uint8_t *LEAPALIGN_RESTRICT codes, float *LEAPALIGN_RESTRICT to) const {
         LEAPALIGN_UNROLL
         for (size_t i = 0; i < kGroup; i += 2) {
