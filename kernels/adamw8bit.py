@@ -23,9 +23,9 @@ Weights are one of
 - bfloat16 with a float32 `master`, of which they are the rounding to nearest.
 
 With q the map's values and a the blocks' largest, the arithmetic is that of `step`, with `Scalars`: what is constant
-over a step is folded into the factors, which saves a third of the operations. Every operation is rounded once to fp32, with the
-scalars computed in double and then rounded: the same bits on any device, for any split into runs of whole blocks. A
-kernel that follows must not contract to fused multiply-adds. Torch itself needs a detour, `square_root`.
+over a step is folded into the factors, which saves a third of the operations. Every operation is rounded once to fp32,
+with the scalars computed in double and then rounded: the same bits on any device, for any split into runs of whole
+blocks. A kernel that follows must not contract to fused multiply-adds. Torch itself needs a detour, `square_root`.
 
 Bytes an element, bf16 weights and fp32 gradients: 2 + 4 + 2 · (1 + 4/256) read and 2 + 2 · (1 + 4/256) written, 12.06;
 with a residual 2 more, with a master 6 (bf16 is then not read), with an average 4 (bf16) or 8 (fp32) more.
