@@ -193,8 +193,10 @@ class Machine:
         if isinstance(values, dict) and "machine" in values:
             values = values["machine"]
         known = {each.name for each in fields(cls)}
-        if not isinstance(values, dict) or values.keys() - known:
-            wrong = f"{', '.join(sorted(values.keys() - known))} unknown" if isinstance(values, dict) else "no object"
+        if not isinstance(values, dict) or not values or values.keys() - known:
+            wrong = "no object"
+            if isinstance(values, dict):
+                wrong = f"{', '.join(sorted(values.keys() - known))} unknown" if values else "no rate in it"
             raise ValueError(f"machine={path}: {wrong}; give an object with some of {', '.join(sorted(known))}")
         try:
             return cls(**values)

@@ -318,7 +318,7 @@ def _of_disk(found: Examination) -> list[str]:
     disk, lines = found.disk, []
     rate = disk.write_bytes_per_s
     if rate is None:
-        return [f"nothing can be written to the folder {disk.folder} ({disk.reason}); give runs another output_dir"]
+        return [f"nothing can be written to this folder ({disk.reason}); give runs another output_dir"]
     for preset in found.presets:
         size = preset.checkpoint_bytes
         if size is None:

@@ -55,7 +55,7 @@ def _machine(found: Examination) -> Iterator[tuple[str, str]]:
     stopped = f"; then {found.lock_error}" if found.lock_error else ""
     yield "locked memory", f"{locked}; ulimit -l {memlock}{stopped}"
     written = "not measured" if disk.write_bytes_per_s is None else f"{disk.write_bytes_per_s / 1e9:.2f} GB/s written"
-    yield "disk", f"{_size(disk.free_bytes)} free, {written}, in {disk.folder}"
+    yield "disk", f"{_size(disk.free_bytes)} free, {written}, in this folder"
     yield "host kernels", host.instruction_set or f"in torch: the native module is missing ({host.missing})"
 
 

@@ -80,7 +80,6 @@ class Host:
 class Disk:
     """The disk below a folder; the rate in bytes a second is None where nothing could be written, for that reason."""
 
-    folder: str
     free_bytes: int
     write_bytes_per_s: float | None
     reason: str = ""
@@ -170,7 +169,7 @@ def disk_of(folder: Path) -> Disk:
     """Room below the folder, and the rate at which a file there reaches the disk. The file is removed."""
     free = shutil.disk_usage(folder).free
     if free < 2 * WRITTEN:
-        return Disk(str(folder), free, None, "it is full")
+        return Disk(free, None, "it is full")
     piece = os.urandom(2**20)  # some file systems compress
     try:
         with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
@@ -178,9 +177,9 @@ def disk_of(folder: Path) -> Disk:
             for _ in range(WRITTEN // len(piece)):
                 file.write(piece)
             os.fsync(file.fileno())
-            return Disk(str(folder), free, WRITTEN / (time.perf_counter() - begin))
+            return Disk(free, WRITTEN / (time.perf_counter() - begin))
     except OSError as error:
-        return Disk(str(folder), free, None, error.strerror or str(error))
+        return Disk(free, None, error.strerror or str(error))
 
 
 def software() -> dict[str, str | None]:

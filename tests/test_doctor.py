@@ -30,7 +30,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
 CARD = Gpu("A card", "8.9", 24 * GIB, 23 * GIB, "16.0 GT/s PCIe x16")
 HOST = Host("A processor", 16, 16, None, 15.5, 8, 64 * GIB, None, 60 * GIB, None, "avx2", "")
-DISK = Disk("runs", 4096 * GIB, 2e9)
+DISK = Disk(4096 * GIB, 2e9)
 COPIES = CopyRates(26e9, 25e9, 22e9, 21e9)
 RATES = Rates(1.5e14, COPIES, HostRates(40e9, 30e9))
 SOFTWARE = {"torch": "2.13.0", "triton": "3.7.0", "xformers": None}
@@ -286,9 +286,9 @@ def host(**changes):
             "3.0 GB/s both ways at once (16.0 GT/s PCIe x16)",
             "16 lanes",
         ),
-        ({"disk": Disk("runs", GIB, None, "Read-only file system")}, "(Read-only file system)", "output_dir"),
-        ({"disk": Disk("runs", 134 * GIB, 2e9)}, "3 checkpoints take 135.00GiB, the disk has 134.00GiB", "lower"),
-        ({"disk": Disk("runs", 4096 * GIB, 1e8)}, "a checkpoint of 45.00GiB takes 8 minutes at 100 MB/s", "faster"),
+        ({"disk": Disk(GIB, None, "Read-only file system")}, "(Read-only file system)", "output_dir"),
+        ({"disk": Disk(134 * GIB, 2e9)}, "3 checkpoints take 135.00GiB, the disk has 134.00GiB", "lower"),
+        ({"disk": Disk(4096 * GIB, 1e8)}, "a checkpoint of 45.00GiB takes 8 minutes at 100 MB/s", "faster"),
     ],
 )
 def test_each_warning_has_its_way_out(changes, expected, way_out):

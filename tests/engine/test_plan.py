@@ -329,6 +329,8 @@ def test_a_machine_is_read_from_a_file(tmp_path):
     assert Machine.read(path) == Machine(flops_per_s=4e14)
     for text, told in {
         "{": "is no JSON file: ",
+        "{}": "no rate in it; give an object with some of d2h_bytes_per_s, ",
+        '{"machine": {}}': "no rate in it; give an object",
         "[]": "no object; give an object with some of d2h_bytes_per_s, ",
         '{"speed": 1, "flops_per_s": 1}': "speed unknown; give an object",
         '{"flops_per_s": "fast"}': "flops_per_s='fast' must be a number",
