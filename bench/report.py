@@ -77,7 +77,7 @@ def load() -> dict[str, Result]:
 
 
 def is_stale(result: Mapping[str, Any]) -> bool:
-    """Whether a result cannot stand for a measurement: of toy sizes, or by a command that is no more."""
+    """Whether a result cannot stand for a measurement: of toy sizes, by a command that is no more, of unknown code."""
     words = shlex.split(result.get("command", ""))
     if result.get("tiny") or "--tiny" in words:
         return True
@@ -85,7 +85,7 @@ def is_stale(result: Mapping[str, Any]) -> bool:
         return False  # of another program, which says itself what it was
     from bench.__main__ import COMMANDS, parser
 
-    if words[3] not in COMMANDS:
+    if words[3] not in COMMANDS or "sources" not in result:
         return True
     try:
         with contextlib.redirect_stderr(io.StringIO()):
@@ -105,7 +105,7 @@ def _about(section: Section, results: Mapping[str, Result]) -> list[Result]:
 
 
 def changed_since(result: Mapping[str, Any]) -> list[str]:
-    """Files that decide a result of ours and are no longer what they were; none where it did not record them."""
+    """Files that decide a result of ours and are no longer what they were; none where it does not name them."""
     words = shlex.split(result.get("command", ""))
     if words[:3] != ["python", "-m", "bench"] or "sources" not in result:
         return []
@@ -185,18 +185,13 @@ def _made(result: Mapping[str, Any]) -> str:
 
 
 def outdated(section: Section, results: Mapping[str, Result]) -> str:
-    """What is left out of a table and why, and of how many results nobody knows; empty if all is well."""
-    about, found = _about(section, results), chosen(section, results)
-    notes = []
-    if len(found) < len(about):
-        missing = len(about) - len(found)
-        many = "One result is" if missing == 1 else f"{missing} results are"
-        notes.append(f"{many} left out: measured before {_changes(about)} changed.")
-    ours = [result for result in found if result.get("command", "").startswith("python -m bench ")]
-    unknown = sum("sources" not in result for result in ours)
-    if unknown:
-        notes.append(f"Sources not recorded{f' in {unknown} of {len(ours)} results' if unknown < len(ours) else ''}.")
-    return " ".join(notes)
+    """What is left out of a table and why; empty if nothing is."""
+    about = _about(section, results)
+    missing = len(about) - len(chosen(section, results))
+    if not missing:
+        return ""
+    many = "One result is" if missing == 1 else f"{missing} results are"
+    return f"{many} left out: measured before {_changes(about)} changed."
 
 
 def _changes(results: Sequence[Mapping[str, Any]]) -> str:
