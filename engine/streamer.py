@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -190,18 +190,22 @@ class Streamer:
         """Block the calling thread until no queue is at work in the buffers: before the host reads or writes them."""
         self._touch("host", buffers)
 
-    def hand_over(self, work: Callable[[], Sequence[Handle]], *buffers: Buffer) -> None:
-        """Settle the buffers and do `work`, which leaves them to the host kernels' threads.
+    def hand_over(self, work: Callable[[], Iterable[Handle]], *buffers: Buffer) -> None:
+        """Settle the buffers and take from `work`, which leaves them to the host kernels' threads.
 
         Args:
-            work: returns handles of what is at work in the buffers then; every queue waits for all of them before it
-                touches one of these.
+            work: yields handles of what is at work in the buffers. Every queue waits for all of them before it touches
+                one of these, and if work raises after some of them, for those.
         """
         self.settle(*buffers)
         queue = self._queues["host"]
         assert isinstance(queue, HostThreads)
-        queue.handed_over = work()
-        self._record("host", buffers)
+        queue.handed_over = handles = []
+        try:
+            for handle in work():
+                handles.append(handle)
+        finally:
+            self._record("host", buffers)
 
     def drain(self) -> None:
         """Block the calling thread until all copies issued so far are done, and what was handed over."""

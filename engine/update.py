@@ -129,10 +129,11 @@ class Updater:
         }
         if self._placement == "host":
 
-            def work() -> list[Handle]:
-                handles = [self._start(unit, name, gradients[name], options[name]) for name in gradients]
-                self._handed_over += handles
-                return handles
+            def work() -> Iterator[Handle]:
+                for name in gradients:
+                    handle = self._start(unit, name, gradients[name], options[name])
+                    self._handed_over.append(handle)
+                    yield handle
 
             buffers = self._model.weights.region(unit), *self._model.gradients.delivered
             self._model.streamer.hand_over(work, *buffers)

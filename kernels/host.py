@@ -9,7 +9,9 @@ value does. A child process of a fork has threads of its own; what was handed ov
 
 AVX-512, AVX2 and plain C++ give the same bits, for any number of threads. The best that the processor has is chosen;
 the environment variable LEAPALIGN_ISA (avx512, avx512bw without VBMI, avx2 or scalar), or `instruction_set`, takes
-another. Subnormal numbers are kept there, whatever torch.set_flush_denormal says.
+another. Subnormal numbers are kept there, whatever torch.set_flush_denormal says: flushed, they would give other bits
+than torch and GPUs do. Blocks that have them take several times as long (`pytest bench/micro -k subnormal`): squares of
+gradients below 1e-19 are such, zeros are not.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from leapalign.kernels import rounding
 from leapalign.kernels.adamw8bit import AVERAGE_STREAM
@@ -127,7 +130,13 @@ if native is not None and os.environ.get("LEAPALIGN_ISA"):
 
 
 def number_of_threads(wanted: int | None) -> int:
-    """What a call uses that wants so many, or None for what is configured."""
+    """What a call uses that wants so many, or None for what is configured.
+
+    Raises:
+        ValueError: none, or fewer.
+    """
+    if wanted is not None and wanted < 1:
+        raise ValueError(f"threads={wanted}; host kernels need at least 1, or None for what is configured")
     return wanted or _threads or torch.get_num_threads()
 
 
@@ -161,7 +170,7 @@ def round_stochastic(
     Raises:
         ValueError: a wrong dtype, shape, layout or device, or a coordinate out of its range.
     """
-    _check_host(x)
+    check_memory(x)
     if native is None:
         _say_once()
         return rounding.round_stochastic(x, seed, step, parameter, offset=offset, out=out)
@@ -169,7 +178,8 @@ def round_stochastic(
     rounding.check_stream(seed, step, parameter, offset, x.numel())
     source, target = x.detach().view(-1), out.view(-1)
     start = functools.partial(native.round_stochastic, source, target, seed, step, parameter, offset)
-    Handle(lambda: start(number_of_threads(threads)), (source, target)).wait()
+    several = number_of_threads(threads)
+    Handle(lambda: start(several), (source, target)).wait()
     return out
 
 
@@ -187,7 +197,7 @@ def sum_of_squares(x: Tensor, *, threads: int | None = None) -> float:
     Raises:
         ValueError: a wrong dtype, layout or device.
     """
-    _check_host(x)
+    check_memory(x)
     if x.dtype not in FLOATS or not x.is_contiguous():
         raise ValueError(
             f"x is {x.dtype} with strides {tuple(x.stride())}; sum_of_squares reads contiguous bfloat16 or float32"
@@ -196,8 +206,8 @@ def sum_of_squares(x: Tensor, *, threads: int | None = None) -> float:
     if native is None:
         _say_once()
         return float(sum_of_squares_reference(flat))
-    start = native.sum_of_squares
-    return Handle(lambda: start(flat, number_of_threads(threads)), (flat,)).result()
+    start, several = native.sum_of_squares, number_of_threads(threads)
+    return Handle(lambda: start(flat, several), (flat,)).result()
 
 
 # ---- in place, handed over -----------------------------------------------------------------------------------------
@@ -289,26 +299,46 @@ def copy(to: Tensor, source: Tensor, *, threads: int | None = None) -> Handle:
 def start(in_torch: Callable[[], object], name: str, *arguments: object, threads: int | None) -> Handle:
     """Hand over a kernel of the native module by its name, or do the same in torch at once where there is none."""
     tensors = tuple(argument for argument in arguments if isinstance(argument, Tensor))
+    several = number_of_threads(threads)
     if native is not None:
         kernel = getattr(native, name)
-        return Handle(lambda: kernel(*arguments, number_of_threads(threads)), tensors)
+        return Handle(lambda: kernel(*arguments, several), tensors)
     _say_once()
-    return Handle(lambda: Finished(in_torch), tensors)
+    finished = Finished(in_torch)
+    return Handle(lambda: finished, tensors)
 
 
-def _check_host(x: Tensor) -> None:
-    if x.device.type != "cpu":
-        raise ValueError(f"x is on {x.device}; host kernels read CPU memory")
+def check_memory(x: Tensor, name: str = "x") -> None:
+    """Whether host kernels can read a tensor.
+
+    Raises:
+        ValueError: it is on a device, or a fake one.
+    """
+    if x.device.type != "cpu" or isinstance(x, FakeTensor):
+        where = "a fake tensor" if isinstance(x, FakeTensor) else f"on {x.device}"
+        raise ValueError(f"{name} is {where}; host kernels take CPU memory")
 
 
 def _check_pair(
     to: Tensor, source: Tensor, name: str, to_dtypes: tuple[torch.dtype, ...], source_dtypes: tuple[torch.dtype, ...]
 ) -> None:
     for tensor, dtypes in ((to, to_dtypes), (source, source_dtypes)):
-        _check_host(tensor)
+        check_memory(tensor)
         if tensor.dtype not in dtypes or tensor.shape != to.shape or not tensor.is_contiguous():
             raise ValueError(
                 f"{name} takes two contiguous tensors of one shape, {' or '.join(map(str, to_dtypes))} and "
                 f"{' or '.join(map(str, source_dtypes))}; here are {to.dtype} {tuple(to.shape)} with strides "
                 f"{to.stride()} and {source.dtype} {tuple(source.shape)} with strides {source.stride()}"
             )
+    refuse_overlap(name, to, source)
+
+
+def refuse_overlap(name: str, written: Tensor, other: Tensor) -> None:
+    """Threads read one in pieces while they write the other.
+
+    Raises:
+        ValueError: two contiguous tensors share memory.
+    """
+    begin, other_begin = written.data_ptr(), other.data_ptr()
+    if begin < other_begin + other.nbytes and other_begin < begin + written.nbytes:
+        raise ValueError(f"{name}: two of the tensors share memory, one of which is written; pass a clone of the other")

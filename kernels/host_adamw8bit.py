@@ -68,11 +68,13 @@ def update(
         *(weights, dense, (codes_m, codes_v), (absmax_m, absmax_v), residual, master, ema),
         *(hp, seed, parameter, first),
     )
-    if weights.device.type != "cpu":
-        raise ValueError(f"weights are on {weights.device}; host kernels take CPU memory")
+    host.check_memory(weights, "weights")
     factors = () if isinstance(gradient, Tensor) else gradient
     if factors:
         _check_factors(*factors, weights.numel())
+    for given in factors or (gradient,):
+        assert isinstance(given, Tensor)
+        host.refuse_overlap("update", weights, given)
     left, right = (factor.detach() for factor in factors) if factors else (None, None)
     arguments = tuple(
         None if tensor is None else tensor.detach()
@@ -83,7 +85,8 @@ def update(
         _in_torch(arguments, hp, guard is not None, seed, parameter, first, ema_decay, scale)
 
     if guard is not None and not math.isfinite(guard):
-        return Handle(lambda: Finished(_refuse), ())
+        refused = Finished(_refuse)
+        return Handle(lambda: refused, ())
     return host.start(
         in_torch,
         "adamw8bit",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import threading
-from collections import deque
 from collections.abc import Callable
 from typing import Protocol
 
@@ -40,14 +39,14 @@ class Finished:
         return 0.0
 
 
-_unfinished: deque[Handle] = deque()  # in the order of the jobs, which they end in
-_lock = threading.Lock()
+_unfinished: dict[Handle, None] = {}  # in the order of the jobs, which they end in
+_lock = threading.RLock()  # a collection or a signal may come while it is held, and what they run may wait for work
 
 
 def _forget() -> None:
     """In a child of a fork: its parent's work never ends there, and the parent may have held the lock."""
     global _lock
-    _lock = threading.Lock()
+    _lock = threading.RLock()
     _unfinished.clear()
 
 
@@ -64,14 +63,15 @@ class Handle:
 
     def __init__(self, start: Callable[[], Job], tensors: tuple[Tensor | None, ...]) -> None:
         self._tensors = tensors
+        self._job: Job | None = None
         with _lock:  # so that the queue here has the order of the threads'
+            _unfinished[self] = None  # before it starts: an interrupt must not free what the threads read by then
             self._job = start()
-            _unfinished.append(self)
         _release()
 
     def done(self) -> bool:
         """Whether the work is done, or has failed. Never blocks."""
-        return self._job.done()
+        return self._started.done()
 
     def wait(self) -> None:
         """Block until the work is done, without Python's lock.
@@ -85,13 +85,33 @@ class Handle:
     def result(self) -> float:
         """`wait`, and return what the work has computed: a sum, or 0. Raises as `wait` does."""
         try:
-            return self._job.wait()
+            return self._started.wait()
         finally:
             _release()
 
+    @property
+    def _started(self) -> Job:
+        assert self._job is not None, "a handle that was never returned"
+        return self._job
+
 
 def _release() -> None:
-    """Forget tensors of what is done."""
+    """Forget tensors of what is done: of every handle up to the last one whose job is done.
+
+    One without a job was refused, or an interrupt came in between: it ends with the one behind it.
+    """
+    done: list[Handle] = []
+    unsure: list[Handle] = []
     with _lock:
-        while _unfinished and _unfinished[0].done():
-            _unfinished.popleft()._tensors = ()
+        for handle in list(_unfinished):
+            unsure.append(handle)
+            if handle._job is None:
+                continue
+            if not handle._job.done():
+                break
+            done += unsure
+            unsure = []
+        for handle in done:
+            _unfinished.pop(handle, None)
+    for handle in done:
+        handle._tensors = ()

@@ -42,8 +42,8 @@ def states(count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return codes_m.to(torch.uint8), absmax, codes_v.to(torch.uint8), absmax.clone()
 
 
-def stepping(update: Callable[..., Any], count: int, **more: Any) -> Callable[[], Any]:
-    weights, grads = drawn(count, torch.bfloat16, 0.02), drawn(count, torch.bfloat16, 1e-3)
+def stepping(update: Callable[..., Any], count: int, size: float = 1e-3, **more: Any) -> Callable[[], Any]:
+    weights, grads = drawn(count, torch.bfloat16, 0.02), drawn(count, torch.bfloat16, size)
     moments = states(count)
     return lambda: update(weights, grads, *moments, HYPER, seed=1, parameter=0, **more)
 
@@ -58,7 +58,7 @@ def moved_by_update(count: int, extra: int = 0) -> int:
 
 @pytest.mark.parametrize("master", ["stochastic", "residual", "float32"])
 def test_adamw8bit(measure: Measure, isa: str, master: str) -> None:
-    more: dict[str, tuple[dict[str, Tensor], int]] = {
+    more: dict[str, tuple[dict[str, Any], int]] = {
         "stochastic": ({}, 0),
         "residual": ({"residual": torch.zeros(COUNT, dtype=torch.int8)}, 2),
         "float32": ({"master": drawn(COUNT, torch.float32, 0.02)}, 8),
@@ -72,6 +72,11 @@ def test_adamw8bit_with_ema(measure: Measure, isa: str) -> None:
     average = drawn(COUNT, torch.bfloat16, 0.02)
     step = stepping(host_adamw8bit.update, COUNT, ema=average, ema_decay=0.99, guard=0.0)
     measure(lambda: step().wait(), group="adamw8bit, bf16 average", moved=moved_by_update(COUNT, 4))
+
+
+def test_adamw8bit_of_subnormal_squares(measure: Measure, isa: str) -> None:
+    step = stepping(host_adamw8bit.update, COUNT, 1e-20, guard=0.0)
+    measure(lambda: step().wait(), group="adamw8bit, stochastic, subnormal squares", moved=moved_by_update(COUNT))
 
 
 def test_adamw8bit_reference(measure: Measure) -> None:

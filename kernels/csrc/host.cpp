@@ -67,6 +67,12 @@ void use_isa(const std::string &name) {
 
 // ---- arrays ----
 
+// A fake tensor has a size and no memory.
+void *memory_of(const Array &array, const char *name) {
+    if (array.size() && !array.data()) throw std::invalid_argument(std::string(name) + " is a fake tensor, without memory");
+    return array.data();
+}
+
 size_t require(const Array &array, size_t count, uint8_t code, uint8_t bits, const char *name) {
     if (array.size() != count || array.dtype().code != code || array.dtype().bits != bits) {
         throw std::invalid_argument(std::string(name) + " has another length or dtype");
@@ -77,13 +83,13 @@ size_t require(const Array &array, size_t count, uint8_t code, uint8_t bits, con
 Floats floats(const Array &array, size_t count, const char *name) {
     const bool bf16 = array.dtype() == nb::dlpack::dtype{4, 16, 1};  // kDLBfloat
     require(array, count, bf16 ? 4 : 2, bf16 ? 16 : 32, name);
-    return {array.data(), bf16};
+    return {memory_of(array, name), bf16};
 }
 
 template <typename Scalar>
 Scalar *scalars(const Array &array, size_t count, const char *name) {
     require(array, count, static_cast<uint8_t>(nb::dtype<Scalar>().code), 8 * sizeof(Scalar), name);
-    return static_cast<Scalar *>(array.data());
+    return static_cast<Scalar *>(memory_of(array, name));
 }
 
 size_t ceil_div(size_t count, size_t by) { return (count + by - 1) / by; }
@@ -149,6 +155,7 @@ Handle adamw8bit(Array weights, Optional gradient, Optional left, Optional right
     }
     if ((run.residual || run.master) && !run.weights.bf16) throw std::invalid_argument("weights are not bfloat16");
     if (first % kBlock) throw std::invalid_argument("first is not the beginning of a block");
+    const ExactFloats exact;  // where a scalar is subnormal, too
     const auto once = [](double value) { return static_cast<float>(value); };
     run.gain = once(gain), run.decay_m = once(decay_m), run.decay_root = once(decay_root), run.unit = once(unit);
     run.root_gain = once(root_gain), run.eps = once(eps), run.decay_w = once(decay_w), run.gain_ema = once(gain_ema);
@@ -235,8 +242,8 @@ Handle ema(Array average, Array weights, double gain, uint64_t seed, uint32_t st
 
 Handle copy(Array to, Array from, size_t threads) {
     if (to.nbytes() != from.nbytes()) throw std::invalid_argument("to and from differ in size");
-    uint8_t *target = static_cast<uint8_t *>(to.data());
-    const uint8_t *source = static_cast<const uint8_t *>(from.data());
+    uint8_t *target = static_cast<uint8_t *>(memory_of(to, "to"));
+    const uint8_t *source = static_cast<const uint8_t *>(memory_of(from, "from"));
     const Handle job = new_job(threads);
     job->phases.push_back({to.nbytes(), 16 * kGrain, [=](size_t begin, size_t end) {
                                std::memcpy(target + begin, source + begin, end - begin);

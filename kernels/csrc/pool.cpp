@@ -1,5 +1,6 @@
 #include "pool.h"
 
+#include <algorithm>
 #include <chrono>
 #include <stdexcept>
 #include <system_error>
@@ -53,6 +54,9 @@ Pool &Pool::instance() {
 }
 
 void Pool::submit(const std::shared_ptr<Job> &job) {
+    size_t ranges = 1;
+    for (const Phase &phase : job->phases) ranges = std::max(ranges, (phase.count + phase.grain - 1) / phase.grain);
+    job->threads_ = std::min(job->threads_, ranges);
     std::lock_guard<std::mutex> starting(starting_);
     job->pool_ = this;
     const std::lock_guard<std::mutex> lock(mutex_);

@@ -34,7 +34,7 @@ public:
 
 private:
     friend class Pool;
-    const size_t threads_;  // at most so many at once
+    size_t threads_;  // at most so many at once
     size_t phase_ = 0, next_ = 0, running_ = 0;
     std::exception_ptr error_;
     std::atomic<bool> done_{false};
@@ -46,7 +46,7 @@ public:
     // The process's. After a fork the child has another one, without threads and jobs.
     static Pool &instance();
 
-    // Starts threads up to the number that the job may use.
+    // Starts threads up to the number that the job may use, and no more than it has ranges.
     void submit(const std::shared_ptr<Job> &job);
 
     // Waits for at most so long; whether the job is done. Throws what the job threw, and std::logic_error for a job that

@@ -58,7 +58,7 @@ LEAPALIGN_INLINE float float_of(uint32_t bits) {
 
 // While one lives, its thread rounds to nearest and keeps subnormals, as the references do, whatever was set before
 // (torch.set_flush_denormal, a library built with -ffast-math); then that holds again.
-class ExactFloats {
+class [[maybe_unused]] ExactFloats {
 public:
 #if defined(LEAPALIGN_HAS_MXCSR)
     ExactFloats() : before_(_mm_getcsr()) { _mm_setcsr(0x1F80); }
@@ -66,6 +66,15 @@ public:
 
 private:
     unsigned before_;
+#elif defined(__aarch64__) && defined(__GNUC__)
+    ExactFloats() {
+        __asm__ volatile("mrs %0, fpcr" : "=r"(before_));
+        __asm__ volatile("msr fpcr, %0" : : "r"(uint64_t{0}));
+    }
+    ~ExactFloats() { __asm__ volatile("msr fpcr, %0" : : "r"(before_)); }
+
+private:
+    uint64_t before_;
 #endif
 };
 

@@ -339,6 +339,26 @@ def failing(queue: str) -> float:
     return 0.0
 
 
+def test_work_that_breaks_off_is_waited_for_as_far_as_it_got() -> None:
+    bench = Bench()
+    region = bench.region(1)
+
+    def first() -> None:
+        time.sleep(0.05)
+        region.tensor.fill_(2)
+
+    def work() -> Iterator[Handle]:
+        yield Later(bench.threads, first)
+        raise ValueError("the second piece")
+
+    with pytest.raises(ValueError, match="the second piece"):
+        bench.streamer.hand_over(work, region)
+    bench.streamer.settle(region)
+    found = number(region)
+    bench.close()
+    assert found == 2
+
+
 def test_a_failed_copy_is_raised_where_it_is_noticed_and_ever_after() -> None:
     streamer = Streamer(CPU, delay=failing)
     slot, region, other = streamer.slot(SIZE), streamer.host(SIZE), streamer.host(SIZE)

@@ -72,7 +72,6 @@ def forked() -> dict[str, Any]:
 if __name__ == "__main__":
     assert host.native is not None
     seen = {"isa": host.native.isa(), **interrupted_wait(), **forked()}
-    if len(sys.argv) > 1:
-        host.configure(threads=int(sys.argv[1]))
     done = busy().done()  # its tensors and its handle are dropped at once, and the process ends
+    host.accumulate(torch.from_file(sys.argv[1], shared=True, size=1000), torch.ones(1000))
     print(json.dumps(seen | {"done_at_the_end": done}))

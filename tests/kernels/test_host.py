@@ -43,7 +43,7 @@ def test_an_installation_has_the_native_module() -> None:
     count=st.integers(0, 1700), offset=st.integers(0, 2**40), threads=st.integers(1, 3), seed=st.integers(0, 2**64 - 1)
 )
 def test_rounding_equals_the_reference(count: int, offset: int, threads: int, seed: int) -> None:
-    """Tiles are of 512 draws: whole ones, tails, heads off the grid of 8, and ranges within one block."""
+    """Draws are made for blocks of 256: whole ones, tails, heads off the grid of 8, and ranges within one block."""
     x = awkward(count, seed % 1000)
     native = host.round_stochastic(x, seed, 5, 6, offset=offset, threads=threads)
     assert same_bits(native, rounding.round_stochastic(x, seed, 5, 6, offset=offset))
@@ -51,7 +51,7 @@ def test_rounding_equals_the_reference(count: int, offset: int, threads: int, se
 
 @needs_native
 def test_rounding_does_not_depend_on_threads_or_splits() -> None:
-    """Large enough that three threads do work: they get 256 tiles of 512 at least."""
+    """Large enough that three threads do work: ranges are of 2^16 elements."""
     x = awkward(3 * 256 * 512 + 4321, 1)
     whole = host.round_stochastic(x, 42, 2**32 - 1, 2**32 - 1, offset=3, threads=1)
     assert same_bits(whole, host.round_stochastic(x, 42, 2**32 - 1, 2**32 - 1, offset=3, threads=3))

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from leapalign.kernels import host, rounding
 from leapalign.kernels.adamw8bit import AVERAGE_STREAM
@@ -222,8 +223,23 @@ def test_the_fallback_gives_the_same_bits(to: torch.dtype, of: torch.dtype, monk
         (lambda x: host.ema(x, x.clone(), 0.5, first=2**61), r"offset \+ number of elements"),
         (lambda x: host.copy(x, x.bfloat16()), "copy takes"),
         (lambda x: host.copy(x.view(2, 3).T, x.view(3, 2)), "copy takes"),
+        (lambda x: host.copy(x[1:], x[:-1]), "copy: two of the tensors share memory"),
+        (lambda x: host.accumulate(x, x), "accumulate: two of the tensors share memory"),
     ],
 )
 def test_wrong_arguments_are_refused(call: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
+        call(torch.ones(6))
+
+
+def test_neighbours_in_one_memory_share_none() -> None:
+    both = torch.ones(6)
+    host.copy(both[:3], both[3:]).wait()
+    host.accumulate(both[3:], both[:3]).wait()
+    assert both.tolist() == [1.0] * 3 + [2.0] * 3
+
+
+@pytest.mark.parametrize("call", [lambda x: host.accumulate(x, torch.ones(6)), host.sum_of_squares])
+def test_fake_tensors_are_refused(call: Any) -> None:
+    with FakeTensorMode(), pytest.raises(ValueError, match="x is a fake tensor; host kernels take CPU memory"):
         call(torch.ones(6))

@@ -10,6 +10,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,47 @@ def test_tensors_are_kept_until_the_work_is_done_and_no_longer() -> None:
     assert kept
     host.accumulate(torch.zeros(1), torch.zeros(1)).wait()
     assert alive() is None
+
+
+@needs_native
+def test_an_interrupt_while_work_is_handed_over_frees_nothing_that_it_reads() -> None:
+    assert host.native is not None
+    accumulate = host.native.accumulate
+
+    def interrupted() -> weakref.ref[Any]:
+        array = torch.zeros(1 << 20).numpy()
+        tensor = torch.from_numpy(array)
+
+        def start() -> host_pool.Job:
+            accumulate(tensor, torch.ones(1 << 20), 1)
+            raise KeyboardInterrupt
+
+        with suppress(KeyboardInterrupt):
+            host_pool.Handle(start, (tensor,))
+        return weakref.ref(array)
+
+    last = busy()
+    alive = interrupted()
+    kept = alive() is not None
+    assert not last.done(), "the machine was held up: the work before took no time"
+    assert kept
+    host.accumulate(torch.zeros(1), torch.zeros(1)).wait()
+    assert alive() is None and not host_pool._unfinished
+
+
+@needs_native
+def test_what_runs_while_work_is_handed_over_may_wait_for_other_work() -> None:
+    """A collection may run a finalizer there, and a signal its handler."""
+    before, total = busy(), torch.zeros(3)
+
+    def start() -> host_pool.Job:
+        before.wait()
+        return host.accumulate(total, torch.ones(3))._started
+
+    thread = threading.Thread(target=lambda: host_pool.Handle(start, (total,)).wait(), daemon=True)
+    thread.start()
+    thread.join(60)
+    assert not thread.is_alive() and total.tolist() == [1.0] * 3
 
 
 @needs_native
@@ -184,9 +226,11 @@ def test_threads_are_as_many_as_configured_and_where() -> None:
         time.sleep(0.01)
     host.accumulate(total, torch.ones_like(total), threads=5).wait()
     assert len(thread_ids() - before) == 5
+    host.accumulate(total[:9], torch.ones(9), threads=300).wait()  # of one range: no more threads than that
+    assert len(thread_ids() - before) == 5
     host.configure()
     assert not new & thread_ids()
-    assert torch.equal(total, torch.full_like(total, 2))
+    assert torch.equal(total[9:], torch.full_like(total[9:], 2))
 
 
 @pytest.mark.parametrize(
@@ -203,6 +247,17 @@ def test_wrong_threads_are_refused(options: dict[str, Any], message: str) -> Non
     with pytest.raises(ValueError, match=message):
         host.configure(**options)
     assert host.sum_of_squares(torch.ones(5)) == 5
+
+
+@pytest.mark.parametrize("threads", [0, -1])
+def test_a_call_without_threads_is_refused(threads: int) -> None:
+    for call in (
+        lambda: host.sum_of_squares(torch.ones(5), threads=threads),
+        lambda: host.round_stochastic(torch.ones(5), 1, 2, 3, threads=threads),
+        lambda: host.accumulate(torch.ones(5), torch.ones(5), threads=threads),
+    ):
+        with pytest.raises(ValueError, match=f"threads={threads}; host kernels need at least 1"):
+            call()
 
 
 def test_an_unknown_instruction_set_is_refused() -> None:
@@ -225,8 +280,11 @@ def test_subnormals_are_kept_whatever_the_caller_flushes(isa: str) -> None:
     """Of weights, gradients and their sums; the caller's own arithmetic stays as it was set."""
     count = 600
     start, g = run_of("float32", torch.float32, count, 5, size=1e-39), GRADIENTS["subnormal"](count, 6)
+    again, large = run_of("float32", None, count, 7, size=1e-39), randn(count, seed=8)
     expected, total, tiny = copied(start), g.clone(), torch.full((3,), 1e-40)
+    expected_again = copied(again)
     adamw8bit.update(gradient=g, **expected, hp=HYPER, seed=1, parameter=2)
+    adamw8bit.update(gradient=large, **expected_again, hp=HYPER, seed=1, parameter=2, scale=1e-38)  # a subnormal factor
 
     def flushes() -> bool:
         return float((tiny.double().float() * 1).sum()) == 0
@@ -236,12 +294,13 @@ def test_subnormals_are_kept_whatever_the_caller_flushes(isa: str) -> None:
     try:
         with host.instruction_set(isa):
             host_adamw8bit.update(gradient=g, **start, hp=HYPER, seed=1, parameter=2, threads=2).wait()
+            host_adamw8bit.update(gradient=large, **again, hp=HYPER, seed=1, parameter=2, scale=1e-38).wait()
             host.accumulate(total, g, threads=2).wait()
         flushed = flushes()
     finally:
         torch.set_flush_denormal(False)
     assert flushed and not flushes()
-    assert not differing(start, expected)
+    assert not differing(start, expected) and not differing(again, expected_again)
     assert torch.equal(total, 2 * g) and total.abs().max() > 0
 
 
@@ -264,8 +323,8 @@ def python(*arguments: str, isa: str) -> subprocess.CompletedProcess[str]:
 
 @needs_native
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a system with fork and timers: not Windows")
-def test_interruption_fork_and_exit() -> None:
-    result = python("-m", "tests.kernels.host_lifetime", isa="scalar")
+def test_interruption_fork_and_exit(tmp_path: Path) -> None:
+    result = python("-m", "tests.kernels.host_lifetime", str(tmp_path / "total"), isa="scalar")
     assert result.returncode == 0 and not result.stderr, result.stderr
     seen = json.loads(result.stdout)
     assert seen["isa"] == "scalar"  # from the environment
@@ -274,7 +333,9 @@ def test_interruption_fork_and_exit() -> None:
     assert not seen["parent_done"] and "before the process forked" in seen["error"]  # and no hold on its parent's work
     assert not seen["kept"]  # nor does that keep its tensors
     assert seen["child_status"] == 0
-    assert not seen["done_at_the_end"]  # exit code 0 with work pending
+    assert not seen["done_at_the_end"]  # exit code 0 with work pending, which is done first
+    total = torch.from_file(str(tmp_path / "total"), size=1000)
+    assert total.tolist() == [1.0] * 1000
 
 
 @needs_native

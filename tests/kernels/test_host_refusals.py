@@ -152,9 +152,16 @@ def test_wrong_arguments_are_refused_at_once(change: dict[str, Any], message: st
         host_adamw8bit.update(**{**arguments, **change})
 
 
+def test_a_gradient_that_shares_memory_with_the_weights_is_refused() -> None:
+    run = run_of("float32", None, 300, 11)
+    for gradient in (run["weights"], (run["weights"][:3].view(1, 3), torch.zeros(1, 100))):
+        with pytest.raises(ValueError, match="update: two of the tensors share memory"):
+            host_adamw8bit.update(gradient=gradient, **run, **OPTIONS)
+
+
 def test_tensors_on_a_device_are_refused() -> None:
     run = {name: tensor.to("meta") for name, tensor in run_of("float32", None, 300, 12).items()}
-    with pytest.raises(ValueError, match="weights are on meta"):
+    with pytest.raises(ValueError, match="weights is on meta"):
         host_adamw8bit.update(gradient=torch.zeros(300, device="meta"), **run, **OPTIONS)
 
 
