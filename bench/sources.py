@@ -42,9 +42,14 @@ _STEP = [*(f"engine/{name}.py" for name in _ENGINE), "engine/backbones/*.py", "l
 _UPDATE = ["engine/optim.py", "engine/update.py", *_EIGHT_BIT, "kernels/host*.py", "kernels/csrc/*"]
 _TRITON = [f"kernels/{name}*.py" for name in ("leap", "cotangents", "modulate", "gated", "rows", "heads", "qk_norm")]
 _TRITON += ["kernels/adamw8bit_*.py", "kernels/sum_of_squares.py"]
+_ROUNDING = ["kernels/rounding.py", "kernels/quantize.py", "kernels/pairwise.py"]
 _COUNTED = [f"bench/{name}.py" for name in ("simulate", "devices", "one_graph", "live_tensors", "trajectory_*")]
 _PLAN = [f"engine/{name}.py" for name in ("planner", "cost", "stage_costs", "footprint", "traffic")]
-_WAYS = [f"bench/{name}.py" for name in ("step_ways", "device_ways", "random_models")]
+_WAYS = [f"bench/{name}.py" for name in ("step_ways", "device_ways", "random_models", "step_timing", "movement")]
+_WAYS += [f"leapalign/{name}.py" for name in ("alignment", "surrogates", "rollout", "reference")]
+_RATES = ["engine/rates.py", "engine/counting.py"]
+_OPERATIONS = [f"bench/{name}.py" for name in ("kernel_cases", "kernel_timing", "optimizer_cases")]
+_STAGES = [f"bench/{name}.py" for name in ("trajectory_*", "one_graph", "gpu_correctness", "ballast")]
 
 # first word of the command -> what it runs; of every command that measures
 DEPENDS: Mapping[str, list[str]] = {
@@ -54,11 +59,11 @@ DEPENDS: Mapping[str, list[str]] = {
     "tracking": [*_EIGHT_BIT, *_PACKAGED[1:], "bench/optimizer_steps.py"],
     "optimizer-states": ["engine/optim.py", "engine/update.py", "engine/store.py", "kernels/quantize.py"],
     "bits": [*_METHOD[:5], *_STEP, *_UPDATE, *_PACKAGED[1:]],
-    "memory": [*_STEP, *_COUNTED],
-    "throughput": [*_STEP, *_TRITON, *_UPDATE, *_PLAN, *_WAYS],
-    "gpu": [*_STEP, *_TRITON, *_UPDATE, *_PLAN, *_WAYS],
-    "kernels": _TRITON,
-    "host-optimizer": ["kernels/host*.py", "kernels/csrc/*"],
+    "memory": [*_STEP, *_COUNTED, "engine/counting.py"],
+    "throughput": [*_STEP, *_TRITON, *_UPDATE, *_PLAN, *_WAYS, *_RATES],
+    "gpu": [*_STEP, *_TRITON, *_ROUNDING, *_UPDATE, *_PLAN, *_WAYS, *_RATES, *_OPERATIONS, *_STAGES],
+    "kernels": [*_TRITON, *_ROUNDING, *_OPERATIONS, "bench/kernel_compilation.py"],
+    "host-optimizer": ["kernels/host*.py", "kernels/csrc/*", *_EIGHT_BIT, "bench/host_optimizer.py"],
 }
 
 

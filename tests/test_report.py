@@ -202,6 +202,34 @@ def test_every_command_that_measures_has_sources():
     assert set(sources.DEPENDS) == set(COMMANDS) - {"report"}
 
 
+@pytest.mark.parametrize(
+    ("what", "modules"),
+    [
+        ("memory", "simulate devices trajectory_measured trajectory_points one_graph live_tensors"),
+        ("throughput", "step_ways step_timing device_ways movement random_models"),
+        ("gpu", "step_ways step_timing device_ways movement ballast gpu_correctness trajectory_measured one_graph"),
+        ("gpu", "kernel_cases kernel_timing optimizer_cases"),
+        ("kernels", "kernel_cases kernel_timing kernel_compilation optimizer_cases"),
+        ("host-optimizer", "host_optimizer"),
+    ],
+)
+def test_what_writes_the_numbers_decides_them(what, modules):
+    """Who times, counts or makes what is timed; and the project's own code that these use for it."""
+    named = {f"bench/{module}.py" for module in modules.split()}
+    assert named <= sources.digests(what).keys()
+    timed = {"engine/rates.py", "engine/counting.py"}
+    method = {f"leapalign/{name}.py" for name in ("alignment", "surrogates", "rollout", "reference")}
+    rounding = {f"kernels/{name}.py" for name in ("quantize", "rounding")}
+    used = {
+        "memory": {"engine/counting.py"},
+        "throughput": timed | method | rounding,
+        "gpu": timed | method | rounding,
+        "kernels": {*rounding, "kernels/pairwise.py"},
+        "host-optimizer": {*rounding, "kernels/adamw8bit.py"},
+    }
+    assert used[what] <= sources.digests(what).keys()
+
+
 def test_every_pattern_finds_a_file():
     """A file that was moved would decide nothing any more."""
     lost = {p for patterns in sources.DEPENDS.values() for p in patterns if not any(sources.ROOT.glob(p))}
