@@ -38,7 +38,8 @@ Run = Callable[[], object]
 _BYTES = 2 + 2 + 2 * (1 + 4 / BLOCK), 2 + 2 * (1 + 4 / BLOCK)  # read and written a parameter, bf16 gradient
 _BYTES_FUSED = {torch.float32: 28, torch.bfloat16: 14}  # weights, two moments both ways, gradient
 SEED = 1  # of weights and gradients
-_SMALL = 2**22  # parameters of what is too slow for more; all of them far from fitting the caches
+_SMALL = 2**24  # parameters of what is too slow for more, 100 MB and above: far from fitting the caches
+_REFERENCE = 2**20  # and of the torch reference, whose own temporaries do fit
 
 
 @dataclass(frozen=True)
@@ -163,8 +164,8 @@ def _contenders(parameters: int) -> tuple[dict[str, Contender], dict[str, str]]:
         found[isa] = Contender(_ours(count, isa), count, read + written)
     if not host.instruction_sets():
         left_out["adamw8bit"] = f"the native module is missing: {host.missing}"
-    small = min(parameters, _SMALL)
-    found["torch_reference"] = Contender(_reference(small), small, read + written)
+    small, few = min(parameters, _SMALL), min(parameters, _REFERENCE)
+    found["torch_reference"] = Contender(_reference(few), few, read + written)
     for name, dtype in (("torch_fused_fp32", torch.float32), ("torch_fused_bf16", torch.bfloat16)):
         found[name] = Contender(
             _stepped(torch.optim.AdamW, parameters, dtype, fused=True), parameters, _BYTES_FUSED[dtype]

@@ -26,6 +26,8 @@ With q the map's values and a the blocks' largest, the arithmetic is that of `st
 over a step is folded into the factors, which saves a third of the operations. Every operation is rounded once to fp32,
 with the scalars computed in double and then rounded: the same bits on any device, for any split into runs of whole
 blocks. A kernel that follows must not contract to fused multiply-adds. Torch itself needs a detour, `square_root`.
+A finite gradient with |scale (1 - β1) g| above 1.8e19 overflows in its square: v is infinite from then on and its block
+stands still, as in torch's AdamW the element does. Clipping to any usual norm keeps it away.
 
 Bytes an element, bf16 weights and fp32 gradients: 2 + 4 + 2 · (1 + 4/256) read and 2 + 2 · (1 + 4/256) written, 12.06;
 with a residual 2 more, with a master 6 (bf16 is then not read), with an average 4 (bf16) or 8 (fp32) more.
