@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
 from leapalign import __version__
+from leapalign.architectures import transformer_config
 from leapalign.config import load_config, preset_names
 from leapalign.doctor_report import table
 from leapalign.engine.available import host_available
@@ -27,6 +29,7 @@ from leapalign.pipeline import resolve_device
 from leapalign.planning import SLACK, machine_of, planner_of, refusal, run_budget, workload_of
 from leapalign.system import Disk, Gpu, Host, disk_of, gpu, host_of, lockable, no_gpu, software
 
+FLUX = "FluxTransformer2DModel"
 SMALL = 1e9  # parameters: a larger model would take days on a CPU, so that no CPU is planned for it
 SLOW_LINK = 10e9  # bytes a second: PCIe 4.0 has 25 with 16 lanes and 6 with 4
 LOCKING = 3.0  # seconds that locking of host memory is tried for
@@ -43,8 +46,9 @@ class Verdict:
         text: "fits" and what it would take, or what is missing.
         seconds: predicted for a step; None where it does not fit, and on a CPU.
         device_bytes, host_bytes: predicted peaks; None where it does not fit.
-        checkpoint_bytes: of one checkpoint; None where it does not fit.
+        checkpoint_bytes: of one checkpoint; None where it does not fit, or no run writes any.
         checkpoints: that a run keeps, and the one being written.
+        planned_only: `leapalign align` does not train it, whether it fits or not.
     """
 
     name: str
@@ -55,6 +59,7 @@ class Verdict:
     host_bytes: int | None = None
     checkpoint_bytes: int | None = None
     checkpoints: int = 2
+    planned_only: bool = False
 
 
 @dataclass(frozen=True)
@@ -122,7 +127,8 @@ def doctor_command(seconds: float) -> dict[str, Any]:
         seconds: of each measurement: products, copies, host, cores.
     """
     found = examine(resolve_device("auto"), Path.cwd(), seconds)
-    return {**found.as_dict(), "table": table(found, warnings(found))}
+    head = {"date": datetime.now(UTC).date().isoformat(), "command": f"leapalign doctor --seconds {seconds:g}"}
+    return {**head, **found.as_dict(), "table": table(found, warnings(found))}
 
 
 def examine(device: torch.device, folder: Path, seconds: float) -> Examination:
@@ -174,8 +180,24 @@ def verdict(name: str, device: torch.device, rates: dict[str, Any]) -> Verdict:
         device: of this machine. A large model is not planned for a CPU: what GPU it would need is told instead.
         rates: of `Machine`, as measured.
     """
-    config, on_gpu = load_config(name), device.type == "cuda"
-    machine = Machine(**rates)
+    config = load_config(name)
+    found = _verdict(name, config, device, Machine(**rates))
+    if trained(config):
+        return found
+    text = f"planned only, `leapalign align` does not train it; {found.text}"
+    return replace(found, text=text, planned_only=True, checkpoint_bytes=None)
+
+
+def trained(config: AlignConfig) -> bool:
+    """Whether `leapalign align` trains a pipeline with such a transformer, as far as its shapes are known."""
+    try:
+        return transformer_config(config).get("_class_name", FLUX) == FLUX
+    except UsageError:
+        return True  # and the verdict says what is missing
+
+
+def _verdict(name: str, config: AlignConfig, device: torch.device, machine: Machine) -> Verdict:
+    on_gpu = device.type == "cuda"
     try:
         parameters = _parameters(config, machine)
         if parameters >= SMALL and not on_gpu:

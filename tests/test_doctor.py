@@ -9,6 +9,7 @@ import dataclasses
 import json
 import math
 import time
+from datetime import UTC, datetime
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 
 from leapalign import doctor, system
 from leapalign.cli import DONE, USAGE, main
-from leapalign.config import load_config
+from leapalign.config import load_config, preset_names
 from leapalign.doctor import Examination, Rates, Verdict, checkpoint_bytes, verdict, warnings
 from leapalign.doctor_report import table
 from leapalign.engine.rates import CopyRates, HostRates
@@ -246,6 +247,23 @@ def test_the_packaged_model_fits_a_cpu(free):
     assert verdict("shapes", CPU, {}).text.startswith("does not fit: ram: ")
 
 
+def test_one_preset_is_not_trained():
+    assert [name for name in preset_names() if not doctor.trained(load_config(name))] == ["sd35_medium_16gb"]
+
+
+@pytest.mark.usefixtures("tiny")
+def test_what_is_not_trained_is_planned_only(free, monkeypatch):
+    """And no run fills the disk with its checkpoints."""
+    monkeypatch.setattr(doctor, "transformer_config", lambda config: {"_class_name": "SD3Transformer2DModel"})
+    free(None, 8 * GIB)
+    found = verdict("a preset", CPU, {})
+    assert found.fits and found.planned_only and found.checkpoint_bytes is None
+    assert found.text.startswith("planned only, `leapalign align` does not train it; fits: 6 pictures of 32 pixels")
+    free(None, GIB // 4)
+    short = verdict("a preset", CPU, {})
+    assert short.text.startswith("planned only, ") and "does not fit: ram: " in short.text
+
+
 def test_a_checkpoint_has_its_weights_states_and_average():
     """8-bit moments take 2 bytes and 8/256: two float32 numbers a block of 256."""
     assert checkpoint_bytes(load_config("flux1_dev_24gb"), 256) == 256 * (2 + 2) + 8
@@ -339,11 +357,13 @@ def test_what_doctor_writes_plan_reads(tmp_path, capsys):
     out, err = capsys.readouterr()
     found = json.loads(out)
     assert err.count("\n") == 1 and found == json.loads((tmp_path / "machine.json").read_text())
+    assert found["date"] == datetime.now(UTC).date().isoformat()
+    assert found["command"] == "leapalign doctor --seconds 0.01"
     assert found["gpu"] is None and found["no_gpu"] and found["rates"]["copies"] is None
     assert found["machine"] == {"host_bytes_per_s": found["rates"]["host"]["in_place"]}
     assert found["rates"]["matmul_flops_per_s"] > 0 and found["rates"]["host"]["copy"] > 0
     (preset,) = found["presets"]
-    assert preset["name"] == "shapes" and preset["fits"]
+    assert preset["name"] == "shapes" and preset["fits"] and not preset["planned_only"]
 
     words = ["plan", "shapes", "--train_batch_size", "6", "--machine", "machine.json"]
     assert main([*words, "--json"]) == DONE
