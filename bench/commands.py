@@ -17,7 +17,7 @@ class Command:
 
     Attributes:
         what: it measures.
-        result: name of its file in bench/results/, or how the names of its files begin; empty: it writes none there.
+        result: name of its file in bench/results/; empty: it writes none there.
         writes: what else it writes.
         needs: what it takes besides.
     """
@@ -40,6 +40,12 @@ def _large(model: str) -> Command:
     )
 
 
+def _counted(side: str, resident: str, what: str, suffix: str = "", more: str = "") -> Command:
+    name = "-".join(filter(None, ["memory-flux1-dev", side, resident, suffix]))
+    text = f"python -m bench memory --simulate flux1_dev --resolution {side} --resident {resident}{more}"
+    return Command(f"{text} --output {name}", what, name)
+
+
 QUALITY = Command("python -m bench quality", "pictures before and after alignment, three seeds", "quality-shapes")
 CURVES = Command("python -m bench curves", "training with the 8-bit optimizer beside float32", "curves-shapes")
 OPTIMIZERS = Command("python -m bench optimizers", "rounding, on one fixed batch", "optimizers-shapes")
@@ -54,10 +60,13 @@ STATES = Command(
     "bytes a parameter that optimizers keep",
     "optimizer-states",
 )
-MEMORY = Command(
-    "python -m bench memory --simulate flux1_dev --output memory-flux1-dev",
-    "device memory of a step of FLUX.1-dev, counted on fake tensors",
-    "memory-flux1-dev",
+COUNTED = (
+    _counted("512", "all", "device memory of a step of FLUX.1-dev, counted on fake tensors"),
+    _counted("512", "none", "the same with two blocks on the device"),
+    _counted("512", "none", "the same in mode held", "held", " --mode held"),
+    _counted("512", "none", "the same, block inputs recomputed", "recompute", " --recompute"),
+    _counted("1024", "all", "the first of these at 1024 pixels"),
+    _counted("1024", "none", "the same with two blocks on the device"),
 )
 TRAJECTORY = Command(
     "python -m bench memory --trajectory 1,2,3,5,10,25 --model shapes --blocks 2,4 4,8 --batch 1,4 "
@@ -94,12 +103,12 @@ KERNELS_TIMED = Command(
 )
 RUN = Command(
     "python -m bench gpu --minutes 9",
-    "all of what needs a GPU, in stages, in order of value and within these minutes",
+    "what needs a GPU, in stages, the most valuable first, as much as fits into these minutes",
     "",
     "`bench/results/<gpu>-<date>.json`",
     GPU,
 )
-DOCTOR = Command("leapalign doctor --json > bench/results/doctor.json", "this machine, and which presets fit", "doctor")
+DOCTOR = Command("leapalign doctor --output bench/results/doctor.json", "this machine, and which presets fit", "doctor")
 MICRO = Command(
     "pytest bench --benchmark-only", "single functions", "", "nothing; with `--benchmark-save NAME`, `.benchmarks/`"
 )
@@ -108,7 +117,7 @@ REPORT = Command(
 )
 
 ALL = (
-    QUALITY, CURVES, OPTIMIZERS, TRACKING, BITS, STATES, MEMORY, TRAJECTORY, _large("sd35_medium"),
+    QUALITY, CURVES, OPTIMIZERS, TRACKING, BITS, STATES, *COUNTED, TRAJECTORY, _large("sd35_medium"),
     _large("flux1_dev"), THROUGHPUT, THROUGHPUT_SMALL, HOST_OPTIMIZER, KERNELS, KERNELS_TIMED, RUN, DOCTOR, MICRO,
     REPORT,
 )  # fmt: skip
@@ -118,7 +127,7 @@ def overview(results: Mapping[str, Mapping[str, Any]]) -> str:
     """A row a command.
 
     Args:
-        results: {name of the file: result}.
+        results: {name of the file: result} of those that hold today.
     """
     rows = []
     for command in ALL:
@@ -133,7 +142,7 @@ def overview(results: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _minutes(command: Command, results: Mapping[str, Mapping[str, Any]]) -> str:
-    """Of the quickest and the slowest of its files."""
+    """Of its file; of the quickest and the slowest run on a GPU."""
     seconds = [
         result["command_seconds"]
         for name, result in results.items()
@@ -146,8 +155,4 @@ def _minutes(command: Command, results: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _is_of(command: Command, name: str, result: Mapping[str, Any]) -> bool:
-    if command is RUN:
-        return "stages" in result
-    if not command.result:
-        return False
-    return name == command.result or name.startswith(f"{command.result}-")
+    return "stages" in result if command is RUN else name == command.result

@@ -153,7 +153,7 @@ def _draw_resolution(axes: Any, panel: Mapping[str, Any]) -> None:
 def _phases_data(results: Results) -> Data:
     panels = []
     for result in results:
-        ways = {way["way"]: way["seconds"] for way in result["ways"] if "seconds" in way}
+        ways = {way["way"]: way["seconds"] for way in result["ways"] if "seconds" in way and not way.get("faults")}
         if ways:
             settings = result["settings"]
             of = settings.get("model") or settings.get("stage")

@@ -43,6 +43,14 @@ def device(result: Mapping[str, Any]) -> str:
     return threads(result["machine"]) if result["device"] == "cpu" else str(result["device"])
 
 
+def made_on(result: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, str]]:
+    """Machine and versions of a result, as bench/record.py writes them; of doctor's, which calls its rates so, too."""
+    if "rates" not in result:
+        return result.get("machine", {}), result.get("versions", {})
+    gpu = (result["gpu"] or {}).get("name")
+    return {**result["host"], "gpu": gpu}, result["software"]
+
+
 def threads(machine: Mapping[str, Any]) -> str:
     """Threads and processor, or the GPU."""
     if machine.get("gpu"):

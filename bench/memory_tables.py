@@ -31,7 +31,7 @@ METHODS = {
 def simulated(results: Results, *, short: bool = False) -> str:
     """What `bench memory --simulate` counted, a row a result file; short: paired legs only."""
     ordered = sorted(
-        (result for result in results if "counted_peak_bytes" in result),
+        (result for result in results if "counted_peak_bytes" in result and not (short and _is_variant(result))),
         key=lambda r: (
             r["settings"]["simulate"],
             r["settings"]["resolution"],
@@ -44,8 +44,6 @@ def simulated(results: Results, *, short: bool = False) -> str:
     rows = []
     for result in ordered:
         settings = result["settings"]
-        if short and (settings["mode"] != "paired" or settings["recompute"]):
-            continue
         legs = settings["mode"] + (", block inputs recomputed" if settings["recompute"] else "")
         resident = _RESIDENT.get(str(settings["resident"]), f"{settings['resident']} blocks and two more")
         cells = [settings["simulate"], f"{settings['resolution']}²", str(settings["batch"]), resident, legs]
@@ -53,20 +51,39 @@ def simulated(results: Results, *, short: bool = False) -> str:
         rows.append(cells)
     heads = ["model", "pixels", "images", "weights on the device", "legs", "peak device memory", "forwards an image"]
     billions = sorted({f"{r['settings']['simulate']} {r['parameters'] / 1e9:.1f}B" for r in ordered})
+    microbatches = " and ".join(map(str, sorted({result["settings"]["microbatch"] for result in ordered})))
     text = (
         f"Counted on fake tensors, not measured on a GPU: {', '.join(billions)} parameters in bf16, "
-        f"microbatch {ordered[0]['settings']['microbatch']}, optimizer on the host. CUDA's context, workspaces and "
+        f"microbatch {microbatches}, optimizer on the host. CUDA's context, workspaces and "
         "fragmentation and the reward's phase are not in it."
     )
     made = f"First row: `{ordered[0]['command']}`." if short else command(ordered)
     return f"{table(heads, rows)}\n{text} {made}\n"
 
 
+def _is_variant(result: dict[str, Any]) -> bool:
+    settings = result["settings"]
+    return settings["mode"] != "paired" or bool(settings["recompute"])
+
+
 def trajectory(results: Results, *, short: bool = False) -> str:
-    """Peak memory of every method at every number of differentiated steps, a table a model; short: of the largest."""
+    """Peak memory of every method at every number of differentiated steps, a table a model.
+
+    Args:
+        short: the largest model alone, of those that were measured on a GPU if there are any.
+    """
     if short:
-        results = [max(results, key=lambda result: max(filter(None, result["peak_bytes"]["full_autograd"]), default=0))]
+        results = [max(results, key=lambda result: (_on_gpu(result), _largest(result)))]
     return "\n".join(_trajectory_of(result, short) for result in sorted(results, key=_model))
+
+
+def _on_gpu(result: dict[str, Any]) -> bool:
+    return result.get("how") == "measured" and "device" in result
+
+
+def _largest(result: dict[str, Any]) -> int:
+    """Bytes, at any number of steps."""
+    return max(filter(None, result["peak_bytes"]["full_autograd"]), default=0)
 
 
 def _trajectory_of(result: dict[str, Any], short: bool) -> str:

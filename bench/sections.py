@@ -95,7 +95,7 @@ SECTIONS = (
         "The streamed engine on the real model's shapes, every tensor on the device counted while it lives.",
         lambda name, result: "counted_peak_bytes" in result or "resolution" in result.get("axes", {}),
         memory_tables.simulated,
-        commands.MEMORY,
+        commands.COUNTED[0],
         figure=figures.RESOLUTION,
         quoted=partial(memory_tables.simulated, short=True),
     ),

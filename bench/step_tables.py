@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from bench.markdown import command, device, gib, table, threads
+from bench.markdown import command, device, gib, made_on, table, threads
 
 Results = Sequence[dict[str, Any]]
 _HEAD = ("date", "command", "machine", "versions", "sources")  # of a result file
@@ -24,9 +24,9 @@ def _throughput_of(result: Mapping[str, Any]) -> str:
         if "seconds" not in way:
             rows.append([way["way"], absence(way), *[""] * (len(phases) + 7)])
             continue
-        seconds = way["seconds"]
+        seconds, faulty = way["seconds"], " (faulty)" if way.get("faults") else ""
         spread = "" if way.get("spread") is None else f" ± {50 * way['spread']:.0f} %"
-        cells = [way["way"], f"{_scaled(seconds['total'], 1, 2)}{spread}"]
+        cells = [f"{way['way']}{faulty}", f"{_scaled(seconds['total'], 1, 2)}{spread}"]
         cells += [_scaled(seconds.get(phase), 1, 2) for phase in phases]
         cells += [f"{way['images_per_s']:.3g}", _scaled(way.get("flops_per_s"), 1e12, 1)]
         cells.append(_scaled(way.get("of_matmul"), 0.01, 0, " %"))
@@ -43,6 +43,10 @@ def _throughput_of(result: Mapping[str, Any]) -> str:
     text += f"{_scaled(result['matmul_flops_per_s'], 1e12, 1)} TFLOP/s."
     if shorter := {way["way"]: way["steps"] for way in ways if way.get("steps", _steps(result)) != _steps(result)}:
         text += f" Rollout steps: {', '.join(f'{steps} in {way}' for way, steps in shorter.items())}."
+    if faults := [
+        f"{way['way']}: {', '.join(way['faults'])}" for way in ways if "seconds" in way and way.get("faults")
+    ]:
+        text += f" Faulty, and not in the figure: {'; '.join(faults)}."
     return f"{table(heads, rows)}\n{text} {command([result])}\n"
 
 
@@ -142,15 +146,9 @@ def doctor(results: Results) -> str:
 
 def _doctor_on(result: Mapping[str, Any]) -> str:
     measured = [[key, value] for key, value in _flat(result["rates"])]
-    presets = [
-        [each["name"], "fits" if each["fits"] else "does not fit", each["text"].replace("|", "/")]
-        for each in result.get("presets", [])
-    ]
-    return (
-        f"{table(['rate', result['device']], measured)}\n"
-        + (f"{table(['preset', '', ''], presets)}\n" if presets else "")
-        + "Command: `leapalign doctor --json`.\n"
-    )
+    presets = [[each["name"], each["text"].replace("|", "/")] for each in result["presets"]]
+    heads = ["rate", threads(made_on(result)[0])]
+    return f"{table(heads, measured)}\n{table(['preset', ''], presets, left=2)}\n{command([result])}\n"
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bench.markdown import command, mean_and_error, table, threads
@@ -61,6 +61,7 @@ def curves(results: Results, *, short: bool = False) -> str:
     text = (
         f"{seeds} seeds, {steps} steps each, with the same noise, pairs and prompts. Rewards are means of {window} "
         "steps; held-out ones and accuracy are changes by training; ± is the standard error over seeds."
+        f"{_most_different(summary)}"
     )
     if not short:
         text += (
@@ -68,6 +69,19 @@ def curves(results: Results, *, short: bool = False) -> str:
             "matrix products: its distance is what training makes of rounding."
         )
     return f"{table(heads, rows)}\n{text} {command([result])}\n"
+
+
+def _most_different(summary: Mapping[str, Any]) -> str:
+    """Which way's reward differs most from float32's, in standard errors."""
+    found = {
+        name: abs(row["paired_difference"]["mean"]) / row["paired_difference"]["standard_error"]
+        for name, row in summary.items()
+        if isinstance(row, Mapping) and row.get("paired_difference", {}).get("standard_error")
+    }
+    if not found:
+        return ""
+    name = max(found, key=lambda name: found[name])
+    return f" Over all steps {name} differs most in reward from float32, by {found[name]:.1f} standard errors."
 
 
 def optimizers(results: Results) -> str:

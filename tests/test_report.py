@@ -12,6 +12,7 @@ from bench import commands, figures, record, report, sources
 from bench.__main__ import COMMANDS, main, parser
 from bench.markdown import NOTHING
 from bench.sections import SECTIONS
+from leapalign import __version__
 
 TOLD = "run `python -m bench report`"
 
@@ -74,15 +75,39 @@ def test_minutes_are_of_the_files_that_are_there():
     none = commands.overview({})
     assert none.count(f"| {NOTHING} |") == len(commands.ALL)
     results: dict[str, dict[str, object]] = {
-        "memory-flux1-dev-512": {"command_seconds": 90.0},
-        "memory-flux1-dev-1024": {"command_seconds": 240},
+        "memory-flux1-dev-512-none": {"command_seconds": 90.0},
+        "memory-flux1-dev-512-none-held": {"command_seconds": 240},
         "a-gpu-2026-01-02": {"stages": {}, "command_seconds": 500.0},
+        "a-gpu-2026-01-03": {"stages": {}, "command_seconds": 540.0},
         "curves-shapes": {},
     }
     text = commands.overview(results)
-    assert "counted on fake tensors | `bench/results/memory-flux1-dev.json` | 1.5 to 4.0 |" in text
-    assert "| `bench/results/<gpu>-<date>.json` | 8.3 |" in text
-    assert text.count(f"| {NOTHING} |") == len(commands.ALL) - 2
+    assert "| `bench/results/memory-flux1-dev-512-none.json` | 1.5 |" in text
+    assert "| `bench/results/memory-flux1-dev-512-none-held.json` | 4.0 |" in text
+    assert "| `bench/results/<gpu>-<date>.json` | 8.3 to 9.0 |" in text
+    assert text.count(f"| {NOTHING} |") == len(commands.ALL) - 3
+
+
+def test_minutes_are_of_results_that_hold_today(results_folder, monkeypatch):
+    result = memory(512, 2**30) | {"command_seconds": 90.0}
+    path = results_folder / "memory-flux1-dev-512-none.json"
+    told = f"| `bench/results/{path.name}` | "
+    path.write_text(json.dumps(result))
+    assert f"{told}1.5 |" in report.page(report.load())
+    path.write_text(json.dumps(result | {"sources": {"one.py": "old"}}))
+    assert f"{told}{NOTHING} |" in report.page(report.load())
+
+
+def test_the_counted_steps_that_are_told_are_those_of_the_files():
+    """Whoever types the commands gets these files again, with their settings."""
+    from bench import memory
+
+    told = {}
+    for command in commands.COUNTED:
+        options = parser(["memory"]).parse_args(shlex.split(command.text)[3:])
+        told[options.output] = memory._settings(options, memory._workload(options))
+    files = {path.stem: json.loads(path.read_text()) for path in record.RESULTS.glob("memory-*.json")}
+    assert told == {name: result["settings"] for name, result in files.items()}
 
 
 # ---- what is not measured ------------------------------------------------------------------------------------------
@@ -120,14 +145,35 @@ def ours(words: str) -> dict[str, object]:
         (ours("kernels --resolution wide"), True),
         (ours("quickness"), True),
         (ours("quality --seeds 3 --learning_rate 1e-4"), False),  # takes keys of the config
-        ({"command": "leapalign doctor --json"}, False),
-        ({"machine": {}}, False),
+        ({"command": "leapalign doctor", "leapalign": __version__, "date": "2026-01-02"}, False),
+        ({"command": "leapalign doctor", "leapalign": "0.0", "date": "2026-01-02"}, True),
+        ({"command": "leapalign doctor", "leapalign": __version__}, True),
     ],
 )
 def test_stale_results_are_left_out(results_folder, result, stale):
     assert report.is_stale(result) == stale
     (results_folder / "kernels-x.json").write_text(json.dumps(result))
     assert list(report.load()) == ([] if stale else ["kernels-x"])
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("", "is no JSON: Expecting value: line 1 column 1 (char 0)"),
+        ('{"command": "python -m', "is no JSON: Unterminated string"),
+        ("[1]", "is no result: it holds no JSON object"),
+        ("{}", "is no result: its command is None"),
+        ('{"command": "python -m bench"}', "is no result: its command is 'python -m bench'"),
+        ('{"command": "python \'"}', """is no result: its command is "python '\""""),
+    ],
+)
+def test_a_file_that_is_no_result_takes_one_line(results_folder, capsys, text, told):
+    (results_folder / "kernels-x.json").write_text(text)
+    assert main(["report"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1
+    assert err.startswith(f"bench report: error: bench/results/kernels-x.json {told}")
+    assert err.endswith("; remove it or measure it again\n")
 
 
 # ---- what has changed since ----------------------------------------------------------------------------------------
@@ -185,7 +231,7 @@ def test_what_is_left_out_of_a_table_is_named(monkeypatch):
     assert report.outdated(memories, results) == "One result is left out: measured before `one.py` changed."
     assert report.outdated(memories, {"memory-1": known}) == ""
     assert report.origin([known | {"date": "2026-01-01"}], "So.").endswith("2026-01-01.\n\nSo.\n")
-    assert report.changed_since({"rates": {}}) == []  # of another program
+    assert report.changed_since({"command": "leapalign doctor"}) == []
 
 
 def test_result_files_record_what_decides_them(results_folder):

@@ -114,10 +114,40 @@ RUN = {
         "step-48": {"status": "skipped", "error": "4 s left, it takes 60 at least", "rows": []},
     },
 }
-DOCTOR = {
-    "device": "cuda",
+DOCTOR: dict[str, Any] = {
+    "date": "2026-01-02",
+    "command": "leapalign doctor --seconds 0.5",
+    "leapalign": "0.1.0",
+    "machine": {"flops_per_s": 1e14},
+    "device": "cuda:0",
+    "gpu": {"name": "A GPU"},
+    "host": {"cpu": "A CPU", "threads": 2},
+    "software": {"python": "3.11.7", "torch": "2.13.0", "triton": None},
     "rates": {"matmul_flops_per_s": 1e14, "copies": {"h2d": 25e9}, "host": {"copy": 11e9}},
-    "presets": [{"name": "flux1_dev_24gb", "fits": False, "text": "needs 60 GiB of host memory"}],
+    "presets": [{"name": "flux1_dev_24gb", "fits": False, "text": "does not fit: 60 GiB of host memory"}],
+}
+CURVES: dict[str, Any] = {
+    **HEAD,
+    "command": "python -m bench curves",
+    "summary": {
+        "window": 5,
+        "float32": {"end": 0.35},
+        **{
+            name: {
+                "end": 0.36,
+                "paired_difference": {"mean": mean, "standard_error": 0.002},
+                "paired_distance": 0.01,
+                "share_within": 0.9,
+                "largest_ratio": 1.5,
+            }
+            for name, mean in (("8-bit, bf16", -0.0032), ("float32, fused", 0.001))
+        },
+    },
+    "validation": {
+        name: {key: {"change": {"mean": 0.04, "standard_error": 0.01}} for key in ("reward", "accuracy")}
+        for name in ("float32", "8-bit, bf16", "float32, fused")
+    },
+    "runs": {"float32": [{"rewards": [0.3] * 50}] * 3},
 }
 TRACKING = {
     **HEAD,
@@ -196,9 +226,21 @@ CASES = [
         "doctor-a-machine",
         DOCTOR,
         [
+            "| rate | A GPU |",
             "| matmul_flops_per_s | 100.0 TFLOP/s |",
             "| copies h2d | 25.0 GB/s |",
-            "| flux1_dev_24gb | does not fit | needs 60 GiB of host memory |",
+            "| flux1_dev_24gb | does not fit: 60 GiB of host memory |",
+            "Command: `leapalign doctor --seconds 0.5`.",
+            "Measured 2026-01-02, A GPU, Python 3.11.7, Torch 2.13.0.",
+        ],
+    ),
+    (
+        "curves",
+        "curves-shapes",
+        CURVES,
+        [
+            "| 8-bit, bf16 | 0.360 | +0.040 ± 0.010 | +4.0 ± 1.0 | -0.0032 ± 0.0020 |",
+            "Over all steps 8-bit, bf16 differs most in reward from float32, by 1.6 standard errors.",
         ],
     ),
     (
@@ -245,6 +287,7 @@ def test_section_of_a_result_file(results_folder, name, file, result, told):
         ),
         ("kernels-timed", "kernels-a-gpu", TIMED, "| modulate forward bf16 | 1600 | 80 % | 4.00 |  |"),
         ("gpu", "a-gpu-2026-01-02", RUN, "| step-24 | failed | 3 |\n"),
+        ("curves", "curves-shapes", CURVES, "8-bit, bf16 differs most in reward from float32, by 1.6 standard errors."),
     ],
 )
 def test_what_the_readme_quotes_is_short(results_folder, name, file, result, told):
@@ -266,6 +309,67 @@ def test_stages_of_a_run_stand_where_their_benchmarks_do(results_folder):
     assert "| modulate forward bf16, 1024² | 20.0 |" in text
     assert "| step-24 | passed |  | 3 rows, above |" in text
     assert {figure.name for figure, _ in report.shown(results)} == {"seconds-by-phase", "kernels-roofline"}
+
+
+def test_doctor_without_a_gpu_says_of_what_it_is(results_folder):
+    (results_folder / "doctor.json").write_text(json.dumps({**DOCTOR, "device": "cpu", "gpu": None}))
+    text = report.page(report.load())
+    assert "| rate | 2 threads of A CPU |" in text
+    assert "Measured 2026-01-02, 2 threads of A CPU, Python 3.11.7, Torch 2.13.0." in text
+
+
+def test_a_faulty_step_is_marked_and_not_drawn(results_folder):
+    """The others of its table stay."""
+    good = {**THROUGHPUT["ways"][0], "key": "512", "matmul_flops_per_s": 1e14, "faults": []}
+    bad = {
+        **good,
+        "key": "1024",
+        "way": "1024 pixels, 24GiB",
+        "faults": ["the loss is not finite", "weights have not changed"],
+    }
+    stages = {"step-24": {"status": "failed", "rows": [good, bad]}}
+    (results_folder / "a-gpu-2026-01-02.json").write_text(json.dumps({**RUN, "stages": stages}))
+    results = report.load()
+    text = report.page(results)
+    assert "| 1024 pixels, 24GiB (faulty) | 28.00" in text and "| streamed, 24GiB | 28.00" in text
+    faults = "1024 pixels, 24GiB: the loss is not finite, weights have not changed."
+    assert f"Faulty, and not in the figure: {faults}" in text
+    ((_, data),) = report.shown(results)
+    assert [list(panel["ways"]) for panel in data] == [["streamed, 24GiB"]]
+    assert figures.PHASES.data([{**THROUGHPUT, "ways": [bad]}]) == []
+
+
+def quoted(name: str, results: list[dict[str, Any]]) -> str:
+    section = next(section for section in SECTIONS if section.name == name)
+    assert section.quoted is not None
+    return section.quoted(results)
+
+
+def test_readme_quotes_a_trajectory_that_a_gpu_showed():
+    """Before a larger one that was counted, or measured on a CPU."""
+    counted = {**TRAJECTORY, "model": "flux1_dev", "how": "counted"}
+    counted["peak_bytes"] = {**TRAJECTORY["peak_bytes"], "full_autograd": [2**38] * 3}
+    on_gpu = {**TRAJECTORY, "model": "sd35_medium", "device": "A GPU"}
+    assert quoted("trajectory", [counted, on_gpu]).startswith("| sd35_medium | 1 step")
+    assert quoted("trajectory", [on_gpu, counted]).startswith("| sd35_medium | 1 step")
+    assert quoted("trajectory", [TRAJECTORY, counted]).startswith("| flux1_dev | 1 step")
+
+
+def step(**settings: Any) -> dict[str, Any]:
+    default = {"simulate": "m", "resolution": 512, "batch": 8, "resident": "none", "mode": "paired", "recompute": False}
+    found = {**default, "microbatch": 1, **settings}
+    command = f"python -m bench memory --simulate m --microbatch {found['microbatch']} --mode {found['mode']}"
+    peaks = {"counted_peak_bytes": found["microbatch"] * 2**30, "forwards_per_image": 33.0, "parameters": 10**9}
+    return {"settings": found, "command": command, **peaks}
+
+
+def test_readme_quotes_the_command_of_the_first_row_that_it_shows():
+    shown = [step(microbatch=2), step(resolution=1024, microbatch=4)]
+    hidden = [step(mode="held"), step(recompute=True, microbatch=8)]
+    text = quoted("memory", [*hidden, *shown])
+    assert "First row: `python -m bench memory --simulate m --microbatch 2 --mode paired`." in text
+    assert "microbatch 2 and 4, optimizer on the host" in text
+    assert quoted("memory", hidden) == ""
 
 
 def test_a_cpu_does_not_stand_for_a_gpu(results_folder):
