@@ -140,6 +140,8 @@ def _host_on(result: Mapping[str, Any]) -> str:
         cells = [HOST_NAMES.get(name, name.replace("_", " ")), "" if rate is None else f"{rate:.0f}"]
         cells.append("" if bandwidth is None else f"{bandwidth:.1f}")
         cells.append("" if rate is None or not fused else f"{rate / fused:.2f}")
+        spread = result.get("spread", {}).get(name)
+        cells.append("" if spread is None else f"{100 * spread:.0f} %")
         cells.append(f"{cores[name]:.2f}" if isinstance(cores, Mapping) and name in cores else "")
         if rate is not None or bandwidth is not None:
             rows.append(cells)
@@ -148,8 +150,36 @@ def _host_on(result: Mapping[str, Any]) -> str:
         text += f" Cores obtained: {cores:.2f}."
     for name, reason in result.get("left_out", {}).items():
         text += f" Not measured: {name}, {reason.rstrip('.')}."
-    heads = ["AdamW on the host", "million parameters/s", "GB/s", "of torch fused fp32", "cores obtained"]
-    return f"{table(heads, rows)}\n{text} {command([result])}\n"
+    heads = ["AdamW on the host", "million parameters/s", "GB/s", "of torch fused fp32", "spread", "cores obtained"]
+    spread = "Spread: the middle half of the rounds, relative to the median."
+    return f"{table(heads, rows)}\n{text} {spread} {command([result])}\n{_aims(result)}"
+
+
+# what the 8-bit update is to reach: (which, beside what, at least so many times its rate)
+_AIMS = (
+    ("avx512", "torch_fused_fp32", 1.2),
+    ("avx512", "bnb_adamw8bit", 30.0),
+    ("avx512", "in_place_mix", 0.4),
+    ("avx2", "torch_fused_fp32", 0.75),
+)
+
+
+def _aims(result: Mapping[str, Any]) -> str:
+    """What was aimed at beside what is reached, a table; empty where none can be told."""
+    rows = []
+    for ours, other, least in _AIMS:
+        rates = result["gb_per_s"] if other == "in_place_mix" else result["mparams_per_s"]
+        if rates.get(ours) and rates.get(other):
+            reached = rates[ours] / rates[other]
+            told = [
+                HOST_NAMES[ours],
+                HOST_NAMES[other],
+                f"{least:g}",
+                f"{reached:.2f}",
+                "yes" if reached >= least else "no",
+            ]
+            rows.append(told)
+    return f"\n{table(['aim', 'times the rate of', 'at least', 'measured', 'reached'], rows)}" if rows else ""
 
 
 HOST_NAMES = {
