@@ -117,12 +117,28 @@ def eight_bit_adamw(transformer: nn.Module, device: torch.device) -> tuple[torch
     missing = "which needs a GPU"
     if device.type == "cuda":
         try:
-            from bitsandbytes.optim import AdamW8bit as TheirAdamW8bit
-        except Exception as error:  # it looks for its CUDA libraries when it is imported
+            theirs = their_adamw(device)
+        except Exception as error:
             missing = f"which is not to be had: {str(error).strip().partition(chr(10))[0][:80]}"
         else:
-            return TheirAdamW8bit(transformer.parameters(), lr=LEARNING_RATE), "AdamW8bit of bitsandbytes"
+            return theirs(transformer.parameters(), lr=LEARNING_RATE), "AdamW8bit of bitsandbytes"
     return torch.optim.AdamW(transformer.parameters(), lr=LEARNING_RATE), f"AdamW of torch for bitsandbytes', {missing}"
+
+
+def their_adamw(device: torch.device) -> Any:
+    """bitsandbytes' class, after a step on the device: without its CUDA library it may fail only then.
+
+    Raises:
+        Exception: of any kind; it is not to be had.
+    """
+    from bitsandbytes.optim import AdamW8bit as TheirAdamW8bit
+
+    weight = nn.Parameter(torch.zeros(2**14, dtype=step_ways.DTYPE, device=device))  # below 4,096 it takes 32 bits
+    weight.grad = torch.ones_like(weight)
+    TheirAdamW8bit([weight], lr=LEARNING_RATE).step()
+    if not weight.any():
+        raise RuntimeError("a step changes nothing")
+    return TheirAdamW8bit
 
 
 def arithmetic(task: Task) -> tuple[int, int]:

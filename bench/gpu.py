@@ -19,8 +19,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
-import shlex
 import signal
 import subprocess
 import sys
@@ -31,18 +29,19 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+from bench import gpu_file
 from bench.gpu_words import table
 from bench.sources import digests
 
 SUMMARY = "every measurement that needs a GPU, in stages and within minutes; --tiny tries it out on the CPU"
-RESULTS = Path(__file__).parent / "results"
 _ROOT = Path(__file__).parent.parent
 _START = 120.0  # seconds for a process to begin its first stage
 _GRACE = 10.0  # and for a stage to end by itself
 SEED = 0  # of the stages' draws: bench.step_ways.SEED, which is not imported here as that takes seconds
 _LAST = 6  # lines of a broken process's output that are kept
+_INTERRUPTED = 3  # exit code, as leapalign's own
 
 
 @dataclass(frozen=True)
@@ -85,38 +84,53 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace, unknown: list[str]) -> int:
-    """Run the stages, write the result file, print a table. Exit code 1 if a stage failed, 2 for wrong settings."""
+    """Run the stages, write the result file, print a table.
+
+    Exit code 1 if a stage has failed, 2 for wrong settings, 3 if it was interrupted: then how to go on is printed.
+    """
     try:
         if unknown:
             raise ValueError(f"unknown argument {unknown[0]}; see --help")
         chosen = _chosen(options.stages)
         if not options.minutes > 0:
             raise ValueError(f"minutes={options.minutes:g} must be above 0")
-        before = _read(options.resume, options.tiny) if options.resume else {"stages": {}}
+        before = gpu_file.read(options.resume, options.tiny) if options.resume else {"stages": {}}
         path = options.json or options.resume
         if path is not None and not path.absolute().parent.is_dir():
             raise ValueError(f"json={path}: {path.absolute().parent} is no folder; make it first")
+        if options.json and not options.resume and path.exists():
+            raise ValueError(f"json={path} exists: --resume {path} goes on with it, or give another name")
     except ValueError as error:
         print(f"bench gpu: error: {error}", file=sys.stderr)
         return 2
     measurement = Measurement({name: STAGES[name] for name in chosen}, options.minutes, options.tiny, before, path)
-    head = {"date": datetime.now(UTC).date().isoformat(), "command": _command(options), "seed": [SEED],
-            "sources": digests("gpu")}  # fmt: skip
-    measurement.result = {**head, **measurement.result}  # those of the oldest rows, where it is gone on
+    given = {"minutes": options.minutes, "tiny": options.tiny}
+    everything = gpu_file.stages_of(before, list(STAGES)) | set(chosen)
+    head = {"date": datetime.now(UTC).date().isoformat(), "seed": [SEED], "sources": digests("gpu")}
+    # the date of the oldest rows, where it is gone on
+    measurement.result = {**head, **measurement.result, "command": gpu_file.command(everything, list(STAGES), **given)}
+    interrupted = False
     try:
         with _terminated():
             measurement.run()
-    except NoGPUError as error:
+    except MachineError as error:
         print(f"bench gpu: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        interrupted = True
     print(table(measurement.result))
     if measurement.path:
         print(f"wrote {measurement.path.name}", file=sys.stderr)
-    return 1 if any(stage["status"] == "failed" for stage in measurement.result["stages"].values()) else 0
+    if interrupted:
+        again = gpu_file.command(chosen, list(STAGES), **given, resume=measurement.path)
+        print(f"bench gpu: interrupted; {'go on with' if measurement.path else 'start again with'}:\n  {again}",
+              file=sys.stderr)  # fmt: skip
+        return _INTERRUPTED
+    return 1 if any(stage.get("status") == "failed" for stage in measurement.result["stages"].values()) else 0
 
 
-class NoGPUError(Exception):
-    """There is none."""
+class MachineError(Exception):
+    """It cannot be measured here: there is no GPU, or another one than that of the file which is gone on with."""
 
 
 class Measurement:
@@ -124,7 +138,8 @@ class Measurement:
 
     Attributes:
         result: {"tiny", "machine", "versions", "gpu", "stages": {name: {"status", "seconds", "rows", "error"}}}; status
-            is "passed", "failed" or "skipped".
+            is "passed", "failed", "unfinished" (nothing was wrong as far as it came) or "skipped"; seconds are those of
+            all runs that went on with one another.
         path: of the result file; None: it is named when the GPU's name is known, and with `tiny` there is none.
     """
 
@@ -148,13 +163,18 @@ class Measurement:
         """All stages that have not passed already, as far as the minutes last.
 
         Raises:
-            NoGPUError: there is none, and these are not toy sizes.
+            MachineError: there is no GPU, and these are not toy sizes; or rows that are there are of another one.
+            KeyboardInterrupt: what has come so far is in the file.
         """
+        unknown = bool(self.result.get("versions"))
         while self._waiting:
             name = self._waiting[0]
             left, least = self._deadline - time.monotonic() - _GRACE, self._stages[name].least
             if left < least:
-                self._end(name, "skipped", error=f"{max(left, 0):.0f} s left, it takes {least:.0f} at least")
+                self._skip(name, f"{max(left, 0):.0f} s left, it takes {least:.0f} at least")
+            elif unknown:  # before anything is measured, in a process of its own: asking makes a context
+                unknown = False
+                self._process([])
             else:
                 self._process(self._together())
 
@@ -168,7 +188,7 @@ class Measurement:
         return chosen
 
     def _process(self, names: Sequence[str]) -> None:
-        """Run stages in one process; those that it does not come to are left waiting."""
+        """Run stages in one process; those that it does not come to are left waiting. Of none it tells the machine."""
         with tempfile.TemporaryDirectory() as folder:
             lines, output = Path(folder) / "lines", Path(folder) / "output"
             lines.touch()
@@ -178,8 +198,9 @@ class Measurement:
                 "lines": str(lines),
                 "stages": [{"name": name, **asdict(self._stages[name]), "done": self._done(name)} for name in names],
             }
-            began, current, begun = time.monotonic(), names[0], False
+            began, current, begun = time.monotonic(), "", False
             with output.open("wb") as written, output.open("rb") as seen, lines.open() as told:
+                events = Events(told)
                 process = subprocess.Popen(
                     [sys.executable, "-m", "bench.gpu_process", json.dumps(given)],
                     stdin=subprocess.DEVNULL, stdout=written, stderr=subprocess.STDOUT, cwd=_ROOT, process_group=0,
@@ -188,8 +209,7 @@ class Measurement:
                     while True:
                         ended = process.poll() is not None  # before reading: what was told by then is read
                         self._pass_on(seen)
-                        for line in told:
-                            event = json.loads(line)
+                        for event in events.new():
                             if event["event"] == "begin":
                                 began, current, begun = time.monotonic(), event["stage"], True
                             self._take(event, began)
@@ -197,8 +217,13 @@ class Measurement:
                         if ended or time.monotonic() > min(began + limit, self._deadline):
                             break
                         time.sleep(0.05)
+                except KeyboardInterrupt:
+                    if begun and current in self._waiting:
+                        self._interrupt(current, time.monotonic() - began)
+                    raise
                 finally:
                     _kill(process)
+            current = current or next(iter(names), "")
             if current in self._waiting and (begun or process.returncode):  # it never came to its end
                 last = output.read_text(errors="replace").strip().splitlines()[-_LAST:]
                 seconds = time.monotonic() - began
@@ -208,11 +233,15 @@ class Measurement:
     def _take(self, event: Mapping[str, Any], began: float) -> None:
         """Keep what a process told."""
         if event["event"] == "no gpu":
-            raise NoGPUError(f"torch {event['torch']} sees no CUDA GPU; --tiny tries everything out on the CPU")
+            raise MachineError(f"torch {event['torch']} sees no CUDA GPU; --tiny tries everything out on the CPU")
         if event["event"] == "machine":
+            if (other := gpu_file.other_machine(self.result, event)) is not None:
+                raise MachineError(other)
             self.result |= {key: event[key] for key in ("machine", "versions", "gpu")}
         elif event["event"] == "begin":
-            self._found(event["stage"])
+            found = self._found(event["stage"])
+            if found.get("status") in (None, "skipped"):  # until it ends: this run may be killed
+                found |= {"status": "unfinished", "error": None}
         elif event["event"] == "row":
             rows, row = self._found(event["stage"])["rows"], event["row"]
             rows[:] = [*(each for each in rows if each["key"] != row["key"]), row]
@@ -230,18 +259,37 @@ class Measurement:
         rows = self._found(name)["rows"]
         return [row["key"] for row in rows if row.get("passed", True) and not row.get("faults")]
 
-    def _end(self, name: str, status: str, seconds: float = 0.0, error: str | None = None) -> None:
-        found = self._found(name)
-        found |= {"status": status, "seconds": round(seconds, 1), "error": error}
-        took = [stage.get("seconds", 0.0) for stage in self.result["stages"].values()]
-        self.result["command_seconds"] = round(sum(took), 1)
+    def _end(self, name: str, status: str, seconds: float, error: str | None = None) -> None:
+        self._found(name).update(status=status, error=error)
+        self._took(name, seconds)
         self._waiting.remove(name)
         print(f"bench gpu: {name} {status}{f': {error}' if error else ''}", file=sys.stderr, flush=True)
         self._save()
 
+    def _skip(self, name: str, why: str) -> None:
+        """There is no time for it. What an earlier run found stands."""
+        if self._found(name).get("status") in (None, "skipped"):
+            self._end(name, "skipped", 0.0, why)
+            return
+        self._waiting.remove(name)
+        print(f"bench gpu: {name} is left as it was: {why}", file=sys.stderr, flush=True)
+
+    def _interrupt(self, name: str, seconds: float) -> None:
+        """Its rows stay, and a failure of an earlier run."""
+        if self._found(name).get("status") == "unfinished":
+            self._found(name)["error"] = "interrupted"
+        self._took(name, seconds)
+        self._save()
+
+    def _took(self, name: str, seconds: float) -> None:
+        found = self._found(name)
+        found["seconds"] = round(found.get("seconds", 0.0) + seconds, 1)
+        took = [stage.get("seconds", 0.0) for stage in self.result["stages"].values()]
+        self.result["command_seconds"] = round(sum(took), 1)
+
     def _save(self) -> None:
         if self.path is None and self.result.get("gpu") and not self._tiny:
-            self.path = _new_file(self.result["gpu"]["name"])
+            self.path = gpu_file.new(self.result["gpu"]["name"])
         if self.path is not None:
             unfinished = self.path.with_suffix(".part")
             unfinished.write_text(json.dumps(self.result, indent=1) + "\n")
@@ -253,6 +301,18 @@ class Measurement:
         if text:
             sys.stderr.write(text)
             sys.stderr.flush()
+
+
+class Events:
+    """What a process tells in a file, a line of JSON each, while it still writes."""
+
+    def __init__(self, file: IO[str]) -> None:
+        self._file, self._begun = file, ""
+
+    def new(self) -> Iterator[dict[str, Any]]:
+        """Those whose lines have come to their ends since; the beginning of another one is kept for the next time."""
+        *lines, self._begun = (self._begun + self._file.read()).split("\n")
+        yield from map(json.loads, lines)
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
@@ -282,27 +342,3 @@ def _chosen(text: str | None) -> list[str]:
         if name not in STAGES:
             raise ValueError(f"stages={name} is unknown: choose from {', '.join(STAGES)}")
     return [name for name in STAGES if name in names]  # in order of value
-
-
-def _read(path: Path, tiny: bool) -> dict[str, Any]:
-    try:
-        found: dict[str, Any] = json.loads(path.read_text())
-        found["stages"].items()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(f"resume={path} is no file that bench gpu wrote") from None
-    if found.get("tiny") != tiny:
-        raise ValueError(f"resume={path} was {'' if found.get('tiny') else 'not '}made with --tiny: do the same")
-    return found
-
-
-def _new_file(gpu: str) -> Path:
-    """bench/results/<gpu>-<date>.json, with a number if there is one already."""
-    name = f"{re.sub(r'[^a-z0-9]+', '-', gpu.lower()).strip('-')}-{datetime.now(UTC).date().isoformat()}"
-    paths = (RESULTS / f"{name}{f'-{number}' if number > 1 else ''}.json" for number in range(1, 1000))
-    return next(path for path in paths if not path.exists())
-
-
-def _command(options: argparse.Namespace) -> str:
-    stages = ["--stages", options.stages] if options.stages else []
-    minutes = ["--minutes", f"{options.minutes:g}"]
-    return shlex.join(["python", "-m", "bench", "gpu", *stages, *minutes, *(["--tiny"] if options.tiny else [])])

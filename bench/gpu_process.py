@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from bench import record
-from bench.gpu_stages import Context, FailedError
+from bench.gpu_stages import Context, EndError
 from leapalign.kernels import host
 
 _LINES = 6  # of a traceback that are kept
@@ -28,6 +28,7 @@ def main(text: str) -> int:
         text: JSON of {"stages": [{"name", "function": "module:name", "least", "seconds", "fresh", "done"}], "tiny",
             "deadline", "lines": path}. A stage ends at its seconds or at the deadline; with fewer than `least` left
             none is begun. After one that failed nothing more is run here: it may have broken the device's context.
+            Without stages it tells what the machine is.
     """
     given = json.loads(text)
     with Path(given["lines"]).open("a") as lines:
@@ -44,6 +45,8 @@ def main(text: str) -> int:
         if not given["tiny"] and not torch.cuda.is_available():
             tell("no gpu", torch=torch.__version__)
             return 2
+        if not given["stages"]:
+            tell("machine", **_machine(given["tiny"]))
         done = all(_run(stage, given, tell) for stage in given["stages"] if _begins(stage, given))
     return 0 if done else 1
 
@@ -62,8 +65,9 @@ def _run(stage: Mapping[str, Any], given: Mapping[str, Any], tell: Callable[...,
         getattr(import_module(module), function)(context)
         if not given["tiny"]:
             torch.cuda.synchronize()
-    except FailedError as error:
-        tell("end", stage=name, status="failed", error=str(error))
+    except EndError as error:
+        tell("end", stage=name, status=error.status, error=str(error))
+        return error.status != "failed"
     except BaseException:
         told = traceback.format_exc().strip().splitlines()[-_LINES:]
         tell("end", stage=name, status="failed", error="\n".join(told))

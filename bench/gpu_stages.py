@@ -20,7 +20,8 @@ from leapalign.engine.arena import HostArena
 from leapalign.engine.sizes import parse_bytes
 
 RESOLUTIONS = (512, 1024)
-RAM = "112GiB"  # of the host that plans may take
+RAM = "112GiB"  # of the host that plans may take, where it has so much
+OVER = 64 * 2**20  # bytes by which ballast may leave more than the cap: what it takes is whole pages
 REPEATS = 2
 LENGTHS = (1, 2, 3, 5, 10, 25)
 A_POINT = 15  # seconds that a model of SD3.5-M's size may take to be made and to step
@@ -28,8 +29,28 @@ A_KERNEL = 30  # seconds that an operation may take: it is compiled and timed in
 TINY_KERNELS = ("gated f", "leap b", "sum")
 
 
-class FailedError(Exception):
-    """A stage that ran to its end and found something wrong; its text says what."""
+class EndError(Exception):
+    """A stage that ran to its end and has not passed; its text says why."""
+
+    status: str
+
+
+class FailedError(EndError):
+    """Something is wrong."""
+
+    status = "failed"
+
+
+class UnfinishedError(EndError):
+    """Nothing is wrong, but there was no time for all of it; --resume goes on."""
+
+    status = "unfinished"
+
+
+class SkippedError(EndError):
+    """This device cannot do it."""
+
+    status = "skipped"
 
 
 @dataclass(frozen=True)
@@ -103,20 +124,29 @@ def kernel_times(context: Context) -> None:
     """`bench kernels`, an operation at a time, as far as the seconds last."""
     from bench.kernels import rows
 
-    there = set(context.done)
+    there, missed, failed = set(context.done), set(), []
 
     def wanted(name: str, resolution: int | None) -> bool:
-        if f"{name} {resolution}" in there:
+        key = f"{name} {resolution}"
+        if key in there or (context.tiny and not name.startswith(TINY_KERNELS)):
             return False
-        if context.tiny:
-            return name.startswith(TINY_KERNELS)
-        return context.left() > A_KERNEL
+        if context.left() > (0 if context.tiny else A_KERNEL):
+            return True
+        missed.add(key)  # what does not depend on the resolution is asked for at each
+        return False
 
     for resolution in [64] if context.tiny else RESOLUTIONS:
         for row in rows([resolution], context.device, context.tiny, wanted):
             key = f"{row['operation']} {row['dtype']} {row['resolution']}"
             there.add(key)
-            context.emit({"key": key, **row})
+            failed += [key] if row.get("faults") else []
+            # without a measurement it is no operation of the report's tables
+            context.emit({"key": key, **(row if "ways" in row else {"faults": row["faults"]})})
+    late = [f"no time for {len(missed)} operations"] if missed else []
+    if failed:
+        raise FailedError("; ".join([f"{len(failed)} operations failed: {', '.join(failed[:5])}", *late]))
+    if late:
+        raise UnfinishedError(late[0])
 
 
 def ways(context: Context) -> None:
@@ -146,12 +176,16 @@ def _throughput(context: Context, sizes: Any, caps: tuple[str, ...], kinds: tupl
     microbatch, repeats = (1, 1) if context.tiny else (None, REPEATS)
     task = Task(sizes, sizes.resolution, sizes.batch, sizes.steps, context.device, microbatch)
     measurement = Measurement(task, kinds, caps, RAM, repeats)
-    waiting = [name for name in measurement.names() if name not in context.done]
+    waiting, failed = [name for name in measurement.names() if name not in context.done], []
     while waiting:  # they share what is left
         deadline = time.monotonic() + context.left() / len(waiting)
         measurement.left = lambda deadline=deadline: deadline - time.monotonic()  # type: ignore[misc]
         row = measurement.row(waiting.pop(0))
-        context.emit({"key": row["way"], **measurement.rates, **row})
+        wrong = [row["failed"]] if "failed" in row else []
+        context.emit({"key": row["way"], **measurement.rates, **row, "faults": wrong})
+        failed += [f"{row['way']}: {fault}" for fault in wrong]
+    if failed:
+        raise FailedError("; ".join(failed))
 
 
 def trajectory(context: Context) -> None:
@@ -178,7 +212,7 @@ def trajectory(context: Context) -> None:
     wrong = [f"no time for {missed} points"] if missed else []
     context.emit({"key": name, "model": name, "how": "measured", **found, "faults": wrong})
     if wrong:
-        raise FailedError("; ".join(wrong))
+        raise UnfinishedError(wrong[0])
 
 
 # ---- steps of FLUX.1-dev's size ------------------------------------------------------------------------------------
@@ -186,35 +220,38 @@ def trajectory(context: Context) -> None:
 
 def _steps(context: Context, cap: str) -> None:
     from bench.ballast import ballast
+    from bench.step_ways import card_bytes, host_bytes, larger_than_the_card
 
+    limit = parse_bytes(cap)
     faults: list[str] = []
     with ExitStack() as stack:
         taken: dict[str, Any] = {}
         if not context.tiny:
             try:
-                taken = dict(stack.enter_context(ballast(parse_bytes(cap))))
+                taken = dict(stack.enter_context(ballast(limit)))
             except RuntimeError as error:  # the allocator is held to the cap all the same
                 taken = {"none": str(error)}
-        arenas = Arenas()
+        if refusal := larger_than_the_card(limit, card_bytes(context.device)):  # asked after the ballast is made
+            raise SkippedError(f"cap {cap}: {refusal}")
+        arenas, ram = Arenas(), host_bytes(RAM)  # before the arenas take it
         for number, resolution in enumerate(RESOLUTIONS):
             if str(resolution) not in context.done:
                 share = context.left() / (len(RESOLUTIONS) - number)
-                row = _step(context, cap, resolution, arenas, time.monotonic() + share)
-                wrong = _faults(row)
+                row = _step(context, cap, resolution, arenas, time.monotonic() + share, ram)
+                wrong = [*_faults(row), *_ballast_faults(taken, limit)]
                 context.emit({"key": str(resolution), **row, "ballast": taken, "faults": wrong})
                 faults += [f"{resolution} pixels: {fault}" for fault in wrong]
     if faults:
         raise FailedError("; ".join(faults))
 
 
-def _step(context: Context, cap: str, resolution: int, arenas: Arenas, deadline: float) -> dict[str, Any]:
+def _step(
+    context: Context, cap: str, resolution: int, arenas: Arenas, deadline: float, ram: int | None
+) -> dict[str, Any]:
     from bench import random_models
-    from bench.step_timing import collect, machine_here, measured
-    from bench.step_ways import Streamed, Task, planner_of
+    from bench.step_timing import machine_here, measured, outcome
+    from bench.step_ways import Task, planner_of, streamed
     from bench.throughput import TINY_CAP
-    from leapalign.engine.planner import BudgetError
-    from leapalign.engine.workload import Budget
-    from leapalign.planning import SLACK
 
     sizes, device, limit, pixels = random_models.flux1_dev(), context.device, parse_bytes(cap), resolution
     if context.tiny:
@@ -223,31 +260,28 @@ def _step(context: Context, cap: str, resolution: int, arenas: Arenas, deadline:
     task = Task(sizes, pixels, sizes.batch, sizes.steps, device, 1 if context.tiny else None)
     machine, rates = machine_here(device, seconds=0.1 if context.tiny else 0.6)
     arenas.again()
-    try:
+
+    def step() -> dict[str, Any]:
         planner = planner_of(task, machine)
-        budget = Budget(int(limit * (1 - SLACK)), RAM)  # as for a run on a card of that size
-        row = measured(
-            lambda: Streamed(task, planner, budget, held_to=limit, arena=arenas),
+        return measured(
+            lambda: streamed(task, planner, limit, ram, arena=arenas),
             rates["matmul_flops_per_s"],
             1 if context.tiny else REPEATS,
             lambda: deadline - time.monotonic(),
         )
-    except BudgetError as error:
-        row = {"refused": str(error)}
-    except torch.OutOfMemoryError as error:
-        row = {"out_of_memory_bytes": parse_bytes(cap), "allocator": str(error).strip().splitlines()[0]}
-    finally:
-        collect(device)
-    left = {} if context.tiny else {"free_bytes": torch.cuda.mem_get_info(device)[0],
-                                    "reserved_bytes": torch.cuda.memory_reserved(device)}  # fmt: skip
+
+    row = outcome(step, device, parse_bytes(cap))
+    left = {}
+    if not context.tiny and "failed" not in row:  # a device that is broken tells nothing
+        left = {"free_bytes": torch.cuda.mem_get_info(device)[0], "reserved_bytes": torch.cuda.memory_reserved(device)}
     head = {"way": f"{resolution} pixels, {cap}", "cap_bytes": parse_bytes(cap), "task": task.described()}
-    return {**head, **rates, **row, "afterwards": left}
+    return {**head, "ram_bytes": ram, **rates, **row, "afterwards": left}
 
 
 def _faults(row: Mapping[str, Any]) -> list[str]:
     """What is wrong with a step."""
-    if "refused" in row:
-        return [row["refused"]]
+    if "failed" in row or "refused" in row:
+        return [row.get("failed") or row["refused"]]
     if "out_of_memory_bytes" in row:
         return [f"out of memory: {row['allocator']}"]
     found = [] if all(map(math.isfinite, row["losses"])) else ["the loss is not finite"]
@@ -256,6 +290,12 @@ def _faults(row: Mapping[str, Any]) -> list[str]:
         took, planned = (part[phase]["device_bytes"] for part in (row["memory"], row["planned"]))
         found.append(f"{phase} took {took / 2**30:.2f} GiB, {planned / 2**30:.2f} were planned")
     return found
+
+
+def _ballast_faults(taken: Mapping[str, Any], limit: int) -> list[str]:
+    """That more of the device was free beside the ballast than the cap."""
+    left = taken.get("left", 0)
+    return [f"the ballast left {left / 2**30:.2f} GiB, the cap is {limit / 2**30:.2f}"] if left > limit + OVER else []
 
 
 class Arenas:

@@ -16,7 +16,7 @@ def table(result: Mapping[str, Any]) -> str:
     gpu = result.get("gpu")
     lines = [f"{gpu['name']}, {gpu['bytes'] / 2**30:.1f} GiB" if gpu else "no GPU: toy sizes on the CPU"]
     for name, stage in result["stages"].items():
-        head = f"{name:12}{stage.get('status', 'not begun'):9}{stage.get('seconds', 0):7.1f} s  "
+        head = f"{name:12}{stage.get('status', 'unfinished'):11}{stage.get('seconds', 0):7.1f} s  "
         words = _WORDS.get(name, _count)(stage["rows"]) if stage["rows"] else []
         error = str(stage.get("error") or "").strip().splitlines()
         for line in [*words, *error[-2:]] or [""]:
@@ -55,13 +55,17 @@ def _steps(rows: Rows) -> list[str]:
         line = told(row)
         if "seconds" in row:
             line += f"; {row['steps']} rollout steps of {row['task']['batch']} images"
+        ballast = row.get("ballast") or {}
+        if ballast:
+            line += f"; without ballast ({ballast['none']})" if "none" in ballast else "; with ballast"
         lines.append(line)
     return lines
 
 
 def _kernels(rows: Rows) -> list[str]:
     def share(way: str) -> float:
-        found = [row["ways"][way]["of_copy"] for row in rows if "of_copy" in row["ways"].get(way, {})]
+        ways = [row.get("ways", {}).get(way, {}) for row in rows]  # a row may only say what went wrong
+        found = [each["of_copy"] for each in ways if "of_copy" in each]
         return median(found) if found else float("nan")
 
     shares = ", ".join(f"{way} {100 * share(way):.0f} %" for way in ("leapalign", "torch.compile", "torch eager"))

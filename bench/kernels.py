@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from importlib import metadata
@@ -45,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace, unknown: list[str]) -> int:
-    """Compile or measure. Exit code 1 for a kernel that the gate stops, 2 for wrong settings and without a GPU."""
+    """Compile or measure. Exit code 1 for a kernel that the gate stops or that fails, 2 for wrong settings, no GPU."""
     try:
         if unknown:
             raise ValueError(f"unknown argument {unknown[0]}; see --help")
@@ -119,8 +120,13 @@ def _measure(options: argparse.Namespace) -> int:
     if not found:
         raise ValueError(f"only={options.only} is in no operation's name")
     others = {name: metadata.version(name) for name in _OTHERS if kernel_cases.optional(name) is not None}
-    _write(options, {"device": _name(device), "tiny": options.tiny, "others": others, "operations": found})
-    return 0
+    result = {"device": _name(device), "tiny": options.tiny, "others": others}
+    timed, broken = ([row for row in found if ("ways" in row) == whole] for whole in (True, False))
+    _write(options, {**result, "operations": timed, "failed": broken})
+    faulty = [row for row in found if row.get("faults")]
+    for row in faulty:
+        print(f"fails: {_title(row)}: {'; '.join(row['faults'])}")
+    return 1 if faulty else 0
 
 
 def rows(
@@ -130,6 +136,9 @@ def rows(
 
     Args:
         wanted: (operation and dtype, resolution) -> whether to measure it; asked just before.
+
+    Yields:
+        with "faults" where our way failed, and then without "ways" where nothing could be measured.
     """
     if device.type == "cuda":
         torch.cuda.set_stream(torch.cuda.Stream())  # the default stream cannot be recorded
@@ -137,7 +146,7 @@ def rows(
     with functorch.patch(donated_buffer=False):
         for resolution, case in _cases(resolutions, device, tiny):
             if wanted(f"{case.name} {case.dtype}", resolution):
-                yield {"operation": case.name, "resolution": resolution, **_measured(case, device)}
+                yield {"operation": case.name, "resolution": resolution, **_attempted(case, device)}
                 torch._dynamo.reset()
 
 
@@ -149,12 +158,22 @@ def _cases(resolutions: Sequence[int], device: torch.device, tiny: bool) -> Iter
     yield from ((None, case) for case in optimizer_cases.cases(Shapes(resolutions[0], **sizes), device))
 
 
+def _attempted(case: Case, device: torch.device) -> dict[str, Any]:
+    """As `_measured`, whatever happens: others are to be measured, too."""
+    try:
+        return _measured(case, device)
+    except Exception as error:
+        traceback.print_exc(file=sys.stderr)
+        return {"dtype": case.dtype, "moved_bytes": case.moved, "faults": [_told(error)]}
+
+
 def _measured(case: Case, device: torch.device) -> dict[str, Any]:
     """Every way's time and error, and the copy's."""
     repeats = 3 if device.type == "cpu" else _REPEATS
     sets = sets_of_inputs(case.moved, device)
     copy = asdict(timed([_copy(case.moved, device) for _ in range(sets)], device, repeats))
     found: dict[str, Any] = {}
+    faults: list[str] = []
     for way, prepare in case.ways.items():
         if isinstance(prepare, str):
             found[way] = {"absent": prepare}
@@ -168,17 +187,22 @@ def _measured(case: Case, device: torch.device) -> dict[str, Any]:
             del expected
             timing = timed(calls, device, repeats)
         except Exception as reason:  # someone else's code, or not enough memory for it
+            found[way] = {"absent": _told(reason)}
             if way == "leapalign":
-                raise
-            words = (str(reason).strip() or "no message").splitlines()[0]
-            found[way] = {"absent": f"{type(reason).__name__}: {words[:120]}"}
+                traceback.print_exc(file=sys.stderr)
+                faults.append(_told(reason))
         else:
             rate = case.moved / timing.seconds
             share = copy["seconds"] / timing.seconds
             found[way] = {**asdict(timing), "bytes_per_second": rate, "of_copy": share, "error": error}
         drawn, calls = [], []  # memory for the next
     copy["bytes_per_second"] = case.moved / copy["seconds"]
-    return {"dtype": case.dtype, "moved_bytes": case.moved, "sets_of_inputs": sets, "copy": copy, "ways": found}
+    row = {"dtype": case.dtype, "moved_bytes": case.moved, "sets_of_inputs": sets, "copy": copy, "ways": found}
+    return {**row, "faults": faults} if faults else row
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0][:120]}"
 
 
 def _copy(moved: int, device: torch.device) -> Call:
@@ -198,8 +222,9 @@ def _error(results: Tensors, expected: Tensors) -> float:
 
 
 def _table(row: dict[str, Any], device: torch.device) -> str:
-    where = "" if row["resolution"] is None else f", {row['resolution']}²"
-    lines = [f"{row['operation']} {row['dtype']}{where}, {row['moved_bytes'] / 1e6:.1f} MB"]
+    lines = [f"{_title(row)}, {row['moved_bytes'] / 1e6:.1f} MB"]
+    if "ways" not in row:
+        return "\n".join([*lines, *(f"  failed: {fault}" for fault in row["faults"])])
     for way, found in {"copy": row["copy"], **row["ways"]}.items():
         if "absent" in found:
             lines.append(f"  {way:34}{found['absent']}")
@@ -210,6 +235,11 @@ def _table(row: dict[str, Any], device: torch.device) -> str:
             line += f"{100 * found['of_copy']:8.1f}%{found['error']:10.1e}"
         lines.append(line + ("" if found["recorded"] or device.type == "cpu" else "  one by one"))
     return "\n".join(lines)
+
+
+def _title(row: dict[str, Any]) -> str:
+    where = "" if row["resolution"] is None else f", {row['resolution']}²"
+    return f"{row['operation']} {row['dtype']}{where}"
 
 
 def _name(device: torch.device) -> str:

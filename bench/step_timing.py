@@ -8,7 +8,9 @@ products, convolutions, attention); `of_matmul` is their share of a bfloat16 mat
 from __future__ import annotations
 
 import gc
+import sys
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from statistics import median
@@ -19,6 +21,7 @@ import torch
 from bench.movement import watched
 from bench.step_ways import Step, Streamed, Way
 from leapalign.engine.ledger import Measured
+from leapalign.engine.planner import BudgetError
 from leapalign.engine.rates import copy_rates, host_rates, matmul_flops_per_s
 from leapalign.engine.workload import Machine
 from leapalign.planning import machine_of
@@ -71,6 +74,38 @@ def measured(make: Callable[[], Way], matmul: float, repeats: int, left: Left) -
         return head | numbers(way, timed, steps, matmul) | {"movement": movement}
     finally:
         way.close()
+
+
+def outcome(measure: Callable[[], dict[str, Any]], device: torch.device, limit: int) -> dict[str, Any]:
+    """What `measure` gives, or why it gave nothing; the device is free again afterwards.
+
+    Args:
+        measure: `measured` of a way.
+        limit: bytes of the device that it may have.
+
+    Returns:
+        its row, or {"refused": why there is no plan}, {"out_of_memory_bytes": limit, "allocator": what it said} or
+        {"failed": any other error}, whose traceback goes to standard error: other ways are still to be measured.
+    """
+    try:
+        row = measure()
+    except BudgetError as error:
+        row = {"refused": str(error)}
+    except torch.OutOfMemoryError as error:
+        row = {"out_of_memory_bytes": limit, "allocator": _first_line(error)}
+    except Exception as error:
+        traceback.print_exc(file=sys.stderr)
+        row = {"failed": f"{type(error).__name__}: {_first_line(error)}"}
+    try:
+        collect(device)
+    except RuntimeError:
+        if "failed" not in row:  # else the device is broken, and it has been told why
+            raise
+    return row
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or "no message").splitlines()[0]
 
 
 def rollout_steps(step: Step, short: int, wanted: int, seconds: float) -> int:

@@ -23,15 +23,18 @@ from bench import random_models
 from bench.random_models import Sizes
 from leapalign.alignment import alignment_gradients, timed
 from leapalign.draws import draw_noise, draw_pairs
+from leapalign.engine.available import host_available
 from leapalign.engine.cost import predict
 from leapalign.engine.ledger import Measured
 from leapalign.engine.optim import AdamW8bit
 from leapalign.engine.plan import MemoryPlan
 from leapalign.engine.planner import Planner
+from leapalign.engine.sizes import parse_bytes, spell_bytes
 from leapalign.engine.streamed import StreamedModel
 from leapalign.engine.units import meta_transformer
 from leapalign.engine.workload import DEVICE_BASE, Budget, Machine, Workload
 from leapalign.pipeline import FlowPipeline
+from leapalign.planning import SLACK
 from leapalign.rewards import LatentReward
 from leapalign.surrogates import LeapAlign
 
@@ -228,6 +231,39 @@ class Streamed(Way):
         self.model.close()
         if self.task.device.type == "cuda":
             torch.cuda.set_per_process_memory_fraction(1.0, self.task.device)
+
+
+def streamed(
+    task: Task,
+    planner: Planner,
+    limit: int,
+    ram: int | None,
+    *,
+    arena: Callable[[Mapping[str, int]], Mapping[str, Tensor]] | None = None,
+) -> Streamed:
+    """As a run on a card of `limit` bytes is: SLACK is left by the plan, and the allocator may use it for its gaps.
+
+    Raises:
+        BudgetError: nothing fits.
+    """
+    return Streamed(task, planner, Budget(int(limit * (1 - SLACK)), ram), held_to=limit, arena=arena)
+
+
+def host_bytes(wanted: str | None) -> int | None:
+    """Of the host's memory, for plans: what is wanted, or what is free but SLACK if that is less; None: not known."""
+    free = host_available()
+    limits = [None if wanted is None else parse_bytes(wanted, "ram"), None if free is None else int(free * (1 - SLACK))]
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def card_bytes(device: torch.device) -> int:
+    """All of a GPU's memory; of a CPU 0, which has none of its own. Makes a CUDA context."""
+    return int(torch.cuda.get_device_properties(device).total_memory) if device.type == "cuda" else 0
+
+
+def larger_than_the_card(limit: int, card: int) -> str | None:
+    """Why nothing can be held to so many bytes; None where it can, and on a CPU (`card` 0), where any cap is one."""
+    return f"the card has {spell_bytes(card)}" if 0 < card < limit else None
 
 
 def planner_of(task: Task, machine: Machine) -> Planner:

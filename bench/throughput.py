@@ -17,10 +17,20 @@ import torch
 from bench import record
 from bench.device_ways import Plain, Resident
 from bench.random_models import MODELS, tiny
-from bench.step_timing import Left, collect, machine_here, measured
-from bench.step_ways import SEED, Streamed, Task, Way, planner_of
+from bench.step_timing import Left, machine_here, measured, outcome
+from bench.step_ways import (
+    SEED,
+    Streamed,
+    Task,
+    Way,
+    card_bytes,
+    host_bytes,
+    larger_than_the_card,
+    planner_of,
+    streamed,
+)
 from bench.throughput_words import table, told
-from leapalign.engine.planner import BudgetError, Planner
+from leapalign.engine.planner import Planner
 from leapalign.engine.sizes import parse_bytes
 from leapalign.engine.workload import Budget
 
@@ -39,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--vram", help=f"device caps of the streamed way (default: {CAPS}; {SMALL_CAPS} for shapes on a CPU)"
     )
-    parser.add_argument("--ram", help="host memory that plans may take (default: no limit)")
+    parser.add_argument("--ram", help="host memory that plans may take (default, and at most: what is free)")
     parser.add_argument("--resolution", type=int, help="pixels a side (default: the model's)")
     parser.add_argument("--batch", type=int, help="images a step (default: the model's)")
     parser.add_argument("--steps", type=int, help="of the rollout (default: the model's)")
@@ -50,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace, unknown: list[str]) -> int:
-    """Measure and print. Exit code 2 for wrong settings."""
+    """Measure and print. Exit code 1 if a way failed, 2 for wrong settings."""
     try:
         if unknown:
             raise ValueError(f"unknown argument {unknown[0]}; see --help")
@@ -68,7 +78,7 @@ def run(options: argparse.Namespace, unknown: list[str]) -> int:
     if options.output:
         path = record.write(options.output, ["throughput", *_command(options)], result, seeds=[SEED])
         print(f"wrote {path.name}", file=sys.stderr)
-    return 0
+    return 1 if any("failed" in row for row in rows) else 0
 
 
 # ---- a measurement ---------------------------------------------------------------------------------------------------
@@ -81,7 +91,7 @@ class Measurement:
     Attributes:
         ways: of WAYS.
         caps: of the streamed way, e.g. "24GiB".
-        ram: host memory for the plans; None: no limit.
+        ram: host memory for the plans, of what is free when the measurement is made; None: all of that.
         repeats: timed steps a way, at most.
         left: the seconds that there are; what does not fit is made shorter.
         rates: of this machine, measured when the measurement is made.
@@ -96,6 +106,7 @@ class Measurement:
 
     def __post_init__(self) -> None:
         self._machine, self.rates = machine_here(self.task.device)
+        self._ram = host_bytes(self.ram)
         self._planner: Planner | None = None
 
     @property
@@ -113,32 +124,30 @@ class Measurement:
         return [*streamed, *(way for way in WAYS[1:] if way in self.ways)]
 
     def row(self, name: str) -> dict[str, Any]:
-        """What this way takes, or why there are no numbers: it was "refused", or there was "out_of_memory_bytes"."""
+        """What this way takes, or why there are no numbers: see `outcome`; and "refused" is a cap above the card."""
         way, _, cap = name.partition(", ")
-        limit = parse_bytes(cap, "vram") if cap else None
+        limit, card = parse_bytes(cap, "vram") if cap else None, self._device_bytes()
         kinds: dict[str, Callable[[], Way]] = {
-            "streamed": lambda: self._streamed(Budget(limit, self.ram)),
+            "streamed": lambda: self._streamed(limit or card),
             "resident": lambda: Resident(self.task),
             "plain": lambda: Plain(self.task),
         }
-        head = {"way": name, "cap_bytes": limit, "task": self.task.described()}
-        try:
-            return head | measured(kinds[way], self.rates["matmul_flops_per_s"], self.repeats, self.left)
-        except BudgetError as error:
-            return head | {"refused": str(error)}
-        except torch.OutOfMemoryError:
-            return head | {"out_of_memory_bytes": limit or self._device_bytes()}
-        finally:
-            collect(self.task.device)
+        head = {"way": name, "cap_bytes": limit, "ram_bytes": self._ram, "task": self.task.described()}
+        if refusal := larger_than_the_card(limit or 0, card):
+            return head | {"refused": refusal}
 
-    def _streamed(self, budget: Budget) -> Streamed:
+        def timed() -> dict[str, Any]:
+            return measured(kinds[way], self.rates["matmul_flops_per_s"], self.repeats, self.left)
+
+        return head | outcome(timed, self.task.device, limit or card)
+
+    def _streamed(self, limit: int) -> Streamed:
         if self._planner is None:
             self._planner = planner_of(self.task, self._machine)
-        return Streamed(self.task, self._planner, budget)
+        return streamed(self.task, self._planner, limit, self._ram)
 
     def _device_bytes(self) -> int:
-        device = self.task.device
-        return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
+        return card_bytes(self.task.device)
 
 
 def _measurement(options: argparse.Namespace) -> Measurement:

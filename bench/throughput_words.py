@@ -14,6 +14,8 @@ def told(row: Mapping[str, Any]) -> str:
     """A row in one line."""
     if "refused" in row:
         return f"{row['way']}: {row['refused']}"
+    if "failed" in row:
+        return f"{row['way']}: failed: {row['failed']}"
     if "out_of_memory_bytes" in row:
         return f"{row['way']}: out of memory at {spell_bytes(row['out_of_memory_bytes'])}"
     spread = f" ± {50 * row['spread']:.1f} %" if row["spread"] is not None else ""

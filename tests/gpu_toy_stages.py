@@ -4,7 +4,7 @@ import os
 import signal
 import time
 
-from bench.gpu_stages import Context, FailedError
+from bench.gpu_stages import Context, FailedError, SkippedError, UnfinishedError
 
 
 def fine(context: Context) -> None:
@@ -32,3 +32,12 @@ def halfway(context: Context) -> None:
             context.emit({"key": key, "passed": key == "a" or bool(context.done), "process": os.getpid()})
     if not context.done:
         raise FailedError("b is wrong")
+
+
+def slow(context: Context) -> None:
+    context.emit({"key": "a", "process": os.getpid()})
+    raise UnfinishedError("no time for b")
+
+
+def small(context: Context) -> None:
+    raise SkippedError("the card has 24.00GiB")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
-from bench import kernel_compilation, optimizer_cases
+from bench import kernel_compilation, kernels, optimizer_cases
 from bench.__main__ import main
 from bench.kernel_cases import Shapes, cases
 from bench.kernel_compilation import FILES, Compiled, accesses, compiled
@@ -209,6 +210,35 @@ def test_tiny_runs_every_operation(tmp_path):
             assert measured["of_copy"] * measured["seconds"] == pytest.approx(row["copy"]["seconds"])
             # bfloat16 rounds by 2^-8, a few times one after the other; another operation is off by the order of 1
             assert measured["error"] < 2**-5, (row["operation"], way)
+
+
+def test_an_operation_that_fails_takes_none_along(tmp_path, monkeypatch, capsys):
+    """Ours in one of three, and the copy in another: rows say so, the third is measured, the exit code is 1."""
+
+    def broken(*arguments):
+        raise RuntimeError("misaligned address\nmore of it")
+
+    def three(shapes, device):
+        first, second, third = list(cases(shapes, device))[:3]
+        first.ways["leapalign"] = broken
+        yield from (first, replace(second, moved=-1), third)
+
+    for case in ("leapalign", "torch eager"):
+        assert case in next(iter(cases(Shapes(64, **_TINY), torch.device("cpu")))).ways
+    monkeypatch.setattr(kernels.kernel_cases, "cases", three)
+    monkeypatch.setattr(kernels.optimizer_cases, "cases", lambda shapes, device: iter(()))
+    path = tmp_path / "tiny.json"
+    assert main(["kernels", "--tiny", "--json", str(path)]) == 1
+    found = json.loads(path.read_text())
+    first, third = found["operations"]
+    assert first["faults"] == ["RuntimeError: misaligned address"]
+    assert first["ways"]["leapalign"] == {"absent": "RuntimeError: misaligned address"}
+    assert first["ways"]["torch eager"]["seconds"] > 0 and third["ways"]["leapalign"]["seconds"] > 0
+    assert "faults" not in third
+    (second,) = found["failed"]
+    assert "ways" not in second and second["faults"][0].startswith("RuntimeError: ")
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("fails: ")]
+    assert told[0].startswith(f"fails: {first['operation']} ") and len(told) == 2
 
 
 WAYS = ("forward", "backward")

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from bench import random_models, step_ways, throughput
+from bench import device_ways, random_models, record, step_timing, step_ways, throughput
 from bench.__main__ import main, parser
 from bench.device_ways import Plain, Resident
 from bench.movement import watched
@@ -19,7 +21,6 @@ from bench.step_ways import Step, Task, planner_of
 from leapalign.alignment import alignment_gradients
 from leapalign.engine.ledger import Measured
 from leapalign.engine.streamer import Streamer
-from leapalign.engine.workload import Budget
 
 CPU = torch.device("cpu")
 
@@ -111,7 +112,7 @@ def test_what_does_not_fit_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     refused, large = measurement.rows()
     assert taken == [3, 1] and large["out_of_memory_bytes"] == 80 * 2**30
     assert throughput.told(large) == "plain: out of memory at 80.00GiB"
-    assert "vram = 1.00MiB is too little: the step needs " in throughput.told(refused)
+    assert "vram = 0.98MiB is too little: the step needs " in throughput.told(refused)  # 3 % are for gaps
     lines = throughput.table({"settings": {"steps": 3}, "device": "cpu", **measurement.rates, "ways": [refused, large]})
     assert "plain                 out of memory at 80.00GiB" in lines.splitlines()
 
@@ -157,8 +158,71 @@ def test_the_packaged_model_is_streamed_on_a_cpu(monkeypatch: pytest.MonkeyPatch
     measurement = throughput._measurement(parser(["throughput"]).parse_args(["throughput"]))
     assert measurement.names() == ["streamed, 8MiB", "streamed, 1GiB", "resident", "plain"]
     planner = planner_of(measurement.task, measurement._machine)
-    plans = [planner.plan(Budget(cap)) for cap in measurement.caps]
-    assert plans[0].resident != "all" and plans[1].resident == "all"
+    plans = []
+    monkeypatch.setattr(
+        step_ways, "Streamed", lambda task, planner, budget, **more: plans.append((planner.plan(budget), more))
+    )
+    for limit in (8 * 2**20, 2**30):
+        step_ways.streamed(measurement.task, planner, limit, None)
+        assert plans[-1][1]["held_to"] == limit
+        assert max(phase.device_bytes for phase in plans[-1][0].phases) <= 0.97 * limit
+    assert plans[0][0].resident != "all" and plans[1][0].resident == "all"
+
+
+def test_a_cap_above_the_card_is_refused_and_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(throughput.Measurement, "_device_bytes", lambda self: 24 * 2**30)
+    monkeypatch.setattr(throughput, "measured", None)
+    (row,) = throughput.Measurement(task(), ("streamed",), ("48GiB",), None, 1).rows()
+    assert row["refused"] == "the card has 24.00GiB"
+
+
+def test_a_way_that_fails_takes_no_row_along(monkeypatch: Any, tmp_path: Any, capsys: Any) -> None:
+    """Another error than of memory: it is in the file, in the table and, with its traceback, in the log."""
+
+    class Broken(Plain):
+        def step(self, number: int, steps: int) -> Step:
+            raise ValueError("of us\nmore of it")
+
+    monkeypatch.setattr(throughput, "Resident", Broken)
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+    assert main(["throughput", "--tiny", "--ways", "resident,plain", "--output", "found"]) == 1
+    broken, plain = json.loads((tmp_path / "found.json").read_text())["ways"]
+    assert broken["failed"] == "ValueError: of us" and plain["seconds"]["total"] > 0
+    captured = capsys.readouterr()
+    assert "resident              failed: ValueError: of us" in captured.out.splitlines()
+    assert "Traceback" in captured.err
+
+    def cannot(device: torch.device) -> None:
+        raise RuntimeError("CUDA error")
+
+    monkeypatch.setattr(step_timing, "collect", cannot)  # a device that is broken
+    assert step_timing.outcome(lambda: 1 // 0, CPU, 0) == {  # type: ignore[dict-item, arg-type, return-value]
+        "failed": "ZeroDivisionError: integer division or modulo by zero"
+    }
+
+
+def test_bitsandbytes_without_its_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its import succeeds and its first step fails: the trial step finds it."""
+
+    class Theirs(torch.optim.SGD):
+        broken = True
+
+        def step(self, closure: Any = None) -> Any:
+            if self.broken:
+                raise AttributeError("'NoneType' object has no attribute 'cadam_8bit'")
+            return super().step(closure)
+
+    optim = ModuleType("bitsandbytes.optim")
+    monkeypatch.setattr(optim, "AdamW8bit", Theirs, raising=False)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", ModuleType("bitsandbytes"))
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", optim)
+    monkeypatch.setattr(Theirs, "broken", False)
+    assert device_ways.their_adamw(CPU) is Theirs
+    monkeypatch.setattr(Theirs, "broken", True)
+    monkeypatch.setattr(device_ways, "their_adamw", lambda device, tried=device_ways.their_adamw: tried(CPU))
+    found, name = device_ways.eight_bit_adamw(torch.nn.Linear(2, 2), torch.device("cuda"))
+    assert type(found) is torch.optim.AdamW
+    assert name.startswith("AdamW of torch for bitsandbytes', which is not to be had: 'NoneType' object")
 
 
 # ---- copies --------------------------------------------------------------------------------------------------------
