@@ -220,11 +220,11 @@ def test_an_operation_that_fails_takes_none_along(tmp_path, monkeypatch, capsys)
 
     def three(shapes, device):
         first, second, third = list(cases(shapes, device))[:3]
-        first.ways["leapalign"] = broken
-        yield from (first, replace(second, moved=-1), third)
+        some = ("leapalign", "torch eager")
+        first, third = (replace(case, ways={way: case.ways[way] for way in some}) for case in (first, third))
+        first = replace(first, ways={**first.ways, "leapalign": broken})
+        yield from (first, replace(second, moved=-4), third)  # no copy has so many bytes
 
-    for case in ("leapalign", "torch eager"):
-        assert case in next(iter(cases(Shapes(64, **_TINY), torch.device("cpu")))).ways
     monkeypatch.setattr(kernels.kernel_cases, "cases", three)
     monkeypatch.setattr(kernels.optimizer_cases, "cases", lambda shapes, device: iter(()))
     path = tmp_path / "tiny.json"

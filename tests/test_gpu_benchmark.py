@@ -295,21 +295,22 @@ def test_a_way_that_fails_is_a_fault_of_its_stage(monkeypatch: pytest.MonkeyPatc
 
 
 def test_operations_without_time_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two toy operations of the three are left: one is there. And one that fails is a fault, with others after it."""
+    """Three of the four toy operations are left: one is there. And one that fails is a fault, with others after it."""
     rows: list[dict[str, Any]] = []
-    with pytest.raises(gpu_stages.UnfinishedError, match="^no time for 2 operations$"):
-        gpu_stages.kernel_times(Context(True, time.monotonic(), ["sum_of_squares bfloat16 None"], rows.append))
+    with pytest.raises(gpu_stages.UnfinishedError, match="^no time for 3 operations$"):
+        gpu_stages.kernel_times(Context(True, time.monotonic(), ["sum_of_squares bf16 None"], rows.append))
     assert rows == []
 
     def measured(case: Any, device: torch.device) -> dict[str, Any]:
-        if case.name == "leap backward":
+        if case.name == "leap":
             raise RuntimeError("out of registers\nmore of it")
         return {"dtype": case.dtype, "ways": {}}
 
     monkeypatch.setattr(kernels, "_measured", measured)
     with pytest.raises(gpu_stages.FailedError, match="1 operations failed"):
         gpu_stages.kernel_times(Context(True, time.monotonic() + 3600, emit=rows.append))
-    assert len(rows) == 3
+    assert [row["key"] for row in rows if row.get("faults") == ["RuntimeError: out of registers"]] == ["leap bf16 64"]
+    assert len(rows) == 4 and ["operation" in row for row in rows].count(False) == 1
 
 
 def test_memory_against_length_is_a_stage() -> None:

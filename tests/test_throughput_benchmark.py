@@ -112,7 +112,7 @@ def test_what_does_not_fit_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     refused, large = measurement.rows()
     assert taken == [3, 1] and large["out_of_memory_bytes"] == 80 * 2**30
     assert throughput.told(large) == "plain: out of memory at 80.00GiB"
-    assert "vram = 0.98MiB is too little: the step needs " in throughput.told(refused)  # 3 % are for gaps
+    assert "vram = 993.28KiB is too little: the step needs " in throughput.told(refused)  # 3 % are for gaps
     lines = throughput.table({"settings": {"steps": 3}, "device": "cpu", **measurement.rates, "ways": [refused, large]})
     assert "plain                 out of memory at 80.00GiB" in lines.splitlines()
 
@@ -196,7 +196,7 @@ def test_a_way_that_fails_takes_no_row_along(monkeypatch: Any, tmp_path: Any, ca
         raise RuntimeError("CUDA error")
 
     monkeypatch.setattr(step_timing, "collect", cannot)  # a device that is broken
-    assert step_timing.outcome(lambda: 1 // 0, CPU, 0) == {  # type: ignore[dict-item, arg-type, return-value]
+    assert step_timing.outcome(lambda: 1 // 0, CPU, 0) == {  # type: ignore[arg-type, return-value]
         "failed": "ZeroDivisionError: integer division or modulo by zero"
     }
 
