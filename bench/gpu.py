@@ -11,7 +11,8 @@
 
 Stages run in processes of their own, so that a crash or a hang takes nothing along; those that need nothing of their
 own share one. A stage is begun only if there is time for it. What is found is written as it comes, and --resume goes
-on: rows that are there are not measured again. With --tiny all of it is tried out on the CPU with toy sizes.
+on where GPU, torch and code are the same: rows that are there are not measured again. With --tiny all of it is tried
+out on the CPU with toy sizes.
 """
 
 from __future__ import annotations
@@ -166,6 +167,13 @@ class Measurement:
             MachineError: there is no GPU, and these are not toy sizes; or rows that are there are of another one.
             KeyboardInterrupt: what has come so far is in the file.
         """
+        try:
+            self._run()
+        except KeyboardInterrupt:
+            self._save()
+            raise
+
+    def _run(self) -> None:
         unknown = bool(self.result.get("versions"))
         while self._waiting:
             name = self._waiting[0]
@@ -256,7 +264,7 @@ class Measurement:
 
     def _done(self, name: str) -> list[str]:
         """Keys of the rows that need not be measured again: nothing was wrong with them."""
-        rows = self._found(name)["rows"]
+        rows = self.result["stages"].get(name, {}).get("rows", [])
         return [row["key"] for row in rows if row.get("passed", True) and not row.get("faults")]
 
     def _end(self, name: str, status: str, seconds: float, error: str | None = None) -> None:

@@ -180,6 +180,16 @@ def test_an_interrupted_run_can_be_gone_on_with(tmp_path: Path, capsys: Any, mon
         os.kill(row["process"], 0)
 
 
+def test_a_run_that_is_interrupted_at_once_has_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gpu.subprocess, "Popen", interrupted)
+    path = tmp_path / "found.json"
+    assert main(["gpu", "--tiny", "--json", str(path)]) == 3
+    assert gpu_file.read(path, tiny=True)["stages"] == {}
+
+
 def test_lines_are_read_when_they_are_whole(tmp_path: Path) -> None:
     path = tmp_path / "lines"
     with path.open("w") as writing, path.open() as reading:
