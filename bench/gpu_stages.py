@@ -6,7 +6,6 @@ touched before a stage does it, so that a stage that comes first in its process 
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
@@ -181,7 +180,7 @@ def _throughput(context: Context, sizes: Any, caps: tuple[str, ...], kinds: tupl
         deadline = time.monotonic() + context.left() / len(waiting)
         measurement.left = lambda deadline=deadline: deadline - time.monotonic()  # type: ignore[misc]
         row = measurement.row(waiting.pop(0))
-        wrong = [row["failed"]] if "failed" in row else []
+        wrong = [row["failed"]] if "failed" in row else row.get("faults", [])
         context.emit({"key": row["way"], **measurement.rates, **row, "faults": wrong})
         failed += [f"{row['way']}: {fault}" for fault in wrong]
     if failed:
@@ -279,17 +278,14 @@ def _step(
 
 
 def _faults(row: Mapping[str, Any]) -> list[str]:
-    """What is wrong with a step."""
+    """What is wrong with a step, or why there is none."""
+    from bench.step_timing import faults_of
+
     if "failed" in row or "refused" in row:
         return [row.get("failed") or row["refused"]]
     if "out_of_memory_bytes" in row:
         return [f"out of memory: {row['allocator']}"]
-    found = [] if all(map(math.isfinite, row["losses"])) else ["the loss is not finite"]
-    found += [] if all(row["weights_changed"]) else ["weights have not changed"]
-    for phase in row["over_plan"]:
-        took, planned = (part[phase]["device_bytes"] for part in (row["memory"], row["planned"]))
-        found.append(f"{phase} took {took / 2**30:.2f} GiB, {planned / 2**30:.2f} were planned")
-    return found
+    return faults_of(row)
 
 
 def _ballast_faults(taken: Mapping[str, Any], limit: int) -> list[str]:

@@ -7,6 +7,7 @@ Python files comments, docstrings and blank lines do not count.
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 import io
 import tokenize
@@ -81,8 +82,12 @@ def changed(what: str, recorded: Mapping[str, str], root: Path = ROOT) -> list[s
 
 def digest(path: Path) -> str:
     """Eight hexadecimal digits of a file's contents; of Python, of its code."""
-    contents = path.read_bytes()
-    if path.suffix == ".py":
+    return _digest(path.read_bytes(), path.suffix)
+
+
+@functools.cache  # many results depend on one file
+def _digest(contents: bytes, suffix: str) -> str:
+    if suffix == ".py":
         contents = _code(contents.decode()).encode()
     return hashlib.sha256(contents).hexdigest()[:8]
 

@@ -79,6 +79,10 @@ def _timed_on(result: Mapping[str, Any]) -> str:
         rows.append(cells)
     heads = [str(result["device"]), "MB moved", "copy, GB/s", *(f"{way}, GB/s" for way in ways)]
     text = "GB/s of the bytes that the operation has to move, and their share of what a copy of as many reaches."
+    for row in [*result["operations"], *result.get("failed", ())]:
+        text += "".join(
+            f" {row['operation']} {row['dtype']} failed: {fault.rstrip('.')}." for fault in row.get("faults", ())
+        )
     return f"{table(heads, rows)}\n{text} {command([result])}\n"
 
 

@@ -58,7 +58,7 @@ def absence(way: Mapping[str, Any]) -> str:
     """Why a way has no seconds."""
     if "out_of_memory_bytes" in way:
         return f"out of memory at {gib(way['out_of_memory_bytes'], 0)}"
-    return str(way.get("refused", "not measured")).partition("\n")[0].replace("|", "/")
+    return str(way.get("failed", way.get("refused", "not measured"))).partition("\n")[0].replace("|", "/")
 
 
 def _scaled(value: float | None, unit: float, digits: int, suffix: str = "") -> str:
@@ -101,7 +101,7 @@ def _gpu_run(result: Mapping[str, Any], short: bool) -> str:
     rows = []
     for name, stage in result["stages"].items():
         seconds = stage.get("seconds")
-        found = [name, str(stage.get("status", "not begun")), "" if seconds is None else f"{seconds:.0f}"]
+        found = [name, str(stage.get("status", "unfinished")), "" if seconds is None else f"{seconds:.0f}"]
         rows.append(found if short else [*found, _found(stage).replace("|", "/")])
     heads = [_gpu_name(result), "status", "s"] + ([] if short else [""])
     return f"{table(heads, rows)}\n{command([result])}\n"

@@ -8,6 +8,7 @@ products, convolutions, attention); `of_matmul` is their share of a bfloat16 mat
 from __future__ import annotations
 
 import gc
+import math
 import sys
 import time
 import traceback
@@ -102,6 +103,16 @@ def outcome(measure: Callable[[], dict[str, Any]], device: torch.device, limit: 
         if "failed" not in row:  # else the device is broken, and it has been told why
             raise
     return row
+
+
+def faults_of(row: Mapping[str, Any]) -> list[str]:
+    """What is wrong with the numbers of `measured`."""
+    found = [] if all(map(math.isfinite, row["losses"])) else ["the loss is not finite"]
+    found += [] if all(row["weights_changed"]) else ["weights have not changed"]
+    for phase in row.get("over_plan", ()):
+        took, planned = (part[phase]["device_bytes"] for part in (row["memory"], row["planned"]))
+        found.append(f"{phase} took {took / 2**30:.2f} GiB, {planned / 2**30:.2f} were planned")
+    return found
 
 
 def _first_line(error: Exception) -> str:

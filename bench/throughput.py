@@ -17,7 +17,7 @@ import torch
 from bench import record
 from bench.device_ways import Plain, Resident
 from bench.random_models import MODELS, tiny
-from bench.step_timing import Left, machine_here, measured, outcome
+from bench.step_timing import Left, faults_of, machine_here, measured, outcome
 from bench.step_ways import (
     SEED,
     Streamed,
@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace, unknown: list[str]) -> int:
-    """Measure and print. Exit code 1 if a way failed, 2 for wrong settings."""
+    """Measure and print. Exit code 1 if a way failed or did wrong, 2 for wrong settings."""
     try:
         if unknown:
             raise ValueError(f"unknown argument {unknown[0]}; see --help")
@@ -78,7 +78,7 @@ def run(options: argparse.Namespace, unknown: list[str]) -> int:
     if options.output:
         path = record.write(options.output, ["throughput", *_command(options)], result, seeds=[SEED])
         print(f"wrote {path.name}", file=sys.stderr)
-    return 1 if any("failed" in row for row in rows) else 0
+    return 1 if any("failed" in row or row.get("faults") for row in rows) else 0
 
 
 # ---- a measurement ---------------------------------------------------------------------------------------------------
@@ -139,7 +139,8 @@ class Measurement:
         def timed() -> dict[str, Any]:
             return measured(kinds[way], self.rates["matmul_flops_per_s"], self.repeats, self.left)
 
-        return head | outcome(timed, self.task.device, limit or card)
+        found = outcome(timed, self.task.device, limit or card)
+        return head | found | ({"faults": faults_of(found)} if "losses" in found else {})
 
     def _streamed(self, limit: int) -> Streamed:
         if self._planner is None:

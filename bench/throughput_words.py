@@ -26,9 +26,7 @@ def told(row: Mapping[str, Any]) -> str:
         line += f"; peak {row['peak_device_bytes'] / _GIB:.2f} GiB"
     if row["microbatch"] is not None:
         line += f", {row['microbatch']} image{'s' * (row['microbatch'] > 1)} at once"
-    if row.get("over_plan"):
-        line += f", more than planned in {', '.join(row['over_plan'])}"
-    return line
+    return "; ".join([line, *(f"FAULT: {fault}" for fault in row.get("faults", ()))])
 
 
 def table(result: Mapping[str, Any]) -> str:

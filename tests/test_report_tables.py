@@ -72,12 +72,14 @@ THROUGHPUT = {
         },
         {"way": "resident", "out_of_memory_bytes": 24 * 2**30, "steps": 4},
         {"way": "streamed, 8GiB", "refused": "plan needs 9 GiB\nand more"},
+        {"way": "plain", "failed": "ValueError: of us"},
     ],
 }
 TIMED = {
     **GPU,
     "command": "python -m bench kernels --resolution 512 1024",
     "device": "A GPU",
+    "failed": [{"operation": "gated forward", "dtype": "bf16", "faults": ["RuntimeError: of us"]}],
     "operations": [
         {
             "operation": name,
@@ -200,6 +202,7 @@ CASES = [
             "Rollout steps: 4 in resident.",
             "| resident | out of memory at 24 GiB |",
             "| streamed, 8GiB | plan needs 9 GiB |",
+            "| plain | ValueError: of us |",
             "reached 100.0 TFLOP/s",
         ],
     ),
@@ -211,6 +214,7 @@ CASES = [
             "| A GPU | MB moved | copy, GB/s | leapalign, GB/s | torch eager, GB/s | Liger, GB/s |",
             "| modulate forward bf16, 1024² | 20.0 | 2000 | 1600 (80 %) | 400 (20 %) |  |",
             "| adamw8bit bf16 | 20.0 |",
+            "reaches. gated forward bf16 failed: RuntimeError: of us. Command",
         ],
     ),
     (
@@ -310,7 +314,7 @@ def test_stages_of_a_run_stand_where_their_benchmarks_do(results_folder):
     text = report.page(results)
     assert "| resident | out of memory at 24 GiB |" in text and "stage step-24" in text
     assert "| modulate forward bf16, 1024² | 20.0 |" in text
-    assert "| step-24 | passed |  | 3 rows, above |" in text
+    assert "| step-24 | passed |  | 4 rows, above |" in text
     assert {figure.name for figure, _ in report.shown(results)} == {"seconds-by-phase", "kernels-roofline"}
 
 

@@ -192,6 +192,16 @@ def test_a_way_that_fails_takes_no_row_along(monkeypatch: Any, tmp_path: Any, ca
     assert "resident              failed: ValueError: of us" in captured.out.splitlines()
     assert "Traceback" in captured.err
 
+    class Idle(Plain):
+        def sample(self) -> list[Tensor]:
+            return [torch.zeros(3)]
+
+    monkeypatch.setattr(throughput, "Resident", Idle)
+    assert main(["throughput", "--tiny", "--ways", "resident", "--output", "found"]) == 1
+    (idle,) = json.loads((tmp_path / "found.json").read_text())["ways"]
+    assert idle["faults"] == ["weights have not changed"] and idle["seconds"]["total"] > 0
+    assert "FAULT: weights have not changed" in capsys.readouterr().err
+
     def cannot(device: torch.device) -> None:
         raise RuntimeError("CUDA error")
 
