@@ -116,9 +116,10 @@ def tracking(results: Results) -> str:
         cells = [f"{row['difference']:+.6f}{spread}", f"{row['largest_difference']:+.6f}", f"{row['distance']:.4f}"]
         rows.append([name, f"{row['gain']:.5f}", *(["", "", ""] if name == "float32" else cells)])
     looks, seeds = len(result["runs"][0]["float32"]["losses"]) - 1, len(result["runs"])
+    deviation = "; ± is the standard deviation over seeds" if seeds > 1 else ""
     text = (
-        f"{seeds} seed{'s' * (seeds > 1)}, {looks * result['every']} steps each; losses on held-out scenes; ± is the "
-        "standard deviation over seeds. The distance from float32's weights is relative to the way that these have "
-        "come."
+        f"{seeds} seed{'s' * (seeds > 1)}, {looks * result['every']} steps each; losses on held-out scenes{deviation}. "
+        "The distance from float32's weights is relative to the way that these have come; that of bfloat16 weights has "
+        "their rounding in it."
     )
     return f"{table(heads, rows)}\n{text} {command([result])}\n"
