@@ -287,7 +287,6 @@ class Measurement:
         if self._found(name).get("status") == "unfinished":
             self._found(name)["error"] = "interrupted"
         self._took(name, seconds)
-        self._save()
 
     def _took(self, name: str, seconds: float) -> None:
         found = self._found(name)

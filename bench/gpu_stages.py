@@ -219,7 +219,7 @@ def trajectory(context: Context) -> None:
 
 def _steps(context: Context, cap: str) -> None:
     from bench.ballast import ballast
-    from bench.step_ways import card_bytes, host_bytes, larger_than_the_card
+    from bench.step_ways import cap_on, card_bytes, host_bytes
 
     limit = parse_bytes(cap)
     faults: list[str] = []
@@ -230,13 +230,15 @@ def _steps(context: Context, cap: str) -> None:
                 taken = dict(stack.enter_context(ballast(limit)))
             except RuntimeError as error:  # the allocator is held to the cap all the same
                 taken = {"none": str(error)}
-        if refusal := larger_than_the_card(limit, card_bytes(context.device)):  # asked after the ballast is made
-            raise SkippedError(f"cap {cap}: {refusal}")
+        try:
+            limit = cap_on(card_bytes(context.device), limit)  # asked after the ballast is made
+        except ValueError as error:
+            raise SkippedError(f"cap {cap}: {error}") from None
         arenas, ram = Arenas(), host_bytes(RAM)  # before the arenas take it
         for number, resolution in enumerate(RESOLUTIONS):
             if str(resolution) not in context.done:
                 share = context.left() / (len(RESOLUTIONS) - number)
-                row = _step(context, cap, resolution, arenas, time.monotonic() + share, ram)
+                row = _step(context, cap, limit, resolution, arenas, time.monotonic() + share, ram)
                 wrong = [*_faults(row), *_ballast_faults(taken, limit)]
                 context.emit({"key": str(resolution), **row, "ballast": taken, "faults": wrong})
                 faults += [f"{resolution} pixels: {fault}" for fault in wrong]
@@ -245,14 +247,14 @@ def _steps(context: Context, cap: str) -> None:
 
 
 def _step(
-    context: Context, cap: str, resolution: int, arenas: Arenas, deadline: float, ram: int | None
+    context: Context, cap: str, limit: int, resolution: int, arenas: Arenas, deadline: float, ram: int | None
 ) -> dict[str, Any]:
     from bench import random_models
     from bench.step_timing import machine_here, measured, outcome
     from bench.step_ways import Task, planner_of, streamed
     from bench.throughput import TINY_CAP
 
-    sizes, device, limit, pixels = random_models.flux1_dev(), context.device, parse_bytes(cap), resolution
+    sizes, device, pixels = random_models.flux1_dev(), context.device, resolution
     if context.tiny:
         sizes, pixels = random_models.tiny(), resolution // 32
         limit = parse_bytes(TINY_CAP if cap == "24GiB" else "1GiB")
@@ -269,11 +271,11 @@ def _step(
             lambda: deadline - time.monotonic(),
         )
 
-    row = outcome(step, device, parse_bytes(cap))
+    row = outcome(step, device, limit)
     left = {}
     if not context.tiny and "failed" not in row:  # a device that is broken tells nothing
         left = {"free_bytes": torch.cuda.mem_get_info(device)[0], "reserved_bytes": torch.cuda.memory_reserved(device)}
-    head = {"way": f"{resolution} pixels, {cap}", "cap_bytes": parse_bytes(cap), "task": task.described()}
+    head = {"way": f"{resolution} pixels, {cap}", "cap_bytes": limit, "task": task.described()}
     return {**head, "ram_bytes": ram, **rates, **row, "afterwards": left}
 
 

@@ -42,6 +42,7 @@ DTYPE = torch.bfloat16
 METHOD = LeapAlign(alpha=0.1, tau=0.1, threshold=10.0)
 GUIDANCE, LEARNING_RATE = 3.5, 1e-5
 SEED = 0  # of noise and pairs; weights and embeddings have their own
+_SHOWN = 0.95  # of what a card is sold as, it shows at least: of 24 GiB 23.5
 _SAMPLED = 2**16  # elements of a parameter that are looked at for changes
 
 
@@ -261,9 +262,15 @@ def card_bytes(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).total_memory) if device.type == "cuda" else 0
 
 
-def larger_than_the_card(limit: int, card: int) -> str | None:
-    """Why nothing can be held to so many bytes; None where it can, and on a CPU (`card` 0), where any cap is one."""
-    return f"the card has {spell_bytes(card)}" if 0 < card < limit else None
+def cap_on(card: int, limit: int) -> int:
+    """The bytes that a cap is on a card of so many: all of a card that is sold as that. On a CPU (0) any cap is one.
+
+    Raises:
+        ValueError: the card is smaller than the cap.
+    """
+    if 0 < card < _SHOWN * limit:
+        raise ValueError(f"the card has {spell_bytes(card)}")
+    return min(limit, card) if card else limit
 
 
 def planner_of(task: Task, machine: Machine) -> Planner:

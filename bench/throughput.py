@@ -23,9 +23,9 @@ from bench.step_ways import (
     Streamed,
     Task,
     Way,
+    cap_on,
     card_bytes,
     host_bytes,
-    larger_than_the_card,
     planner_of,
     streamed,
 )
@@ -126,15 +126,18 @@ class Measurement:
     def row(self, name: str) -> dict[str, Any]:
         """What this way takes, or why there are no numbers: see `outcome`; and "refused" is a cap above the card."""
         way, _, cap = name.partition(", ")
-        limit, card = parse_bytes(cap, "vram") if cap else None, self._device_bytes()
+        limit, card = parse_bytes(cap, "vram") if cap else None, card_bytes(self.task.device)
         kinds: dict[str, Callable[[], Way]] = {
             "streamed": lambda: self._streamed(limit or card),
             "resident": lambda: Resident(self.task),
             "plain": lambda: Plain(self.task),
         }
         head = {"way": name, "cap_bytes": limit, "ram_bytes": self._ram, "task": self.task.described()}
-        if refusal := larger_than_the_card(limit or 0, card):
-            return head | {"refused": refusal}
+        if limit is not None:
+            try:
+                head["cap_bytes"] = limit = cap_on(card, limit)
+            except ValueError as error:
+                return head | {"refused": str(error)}
 
         def timed() -> dict[str, Any]:
             return measured(kinds[way], self.rates["matmul_flops_per_s"], self.repeats, self.left)
@@ -146,9 +149,6 @@ class Measurement:
         if self._planner is None:
             self._planner = planner_of(self.task, self._machine)
         return streamed(self.task, self._planner, limit, self._ram)
-
-    def _device_bytes(self) -> int:
-        return card_bytes(self.task.device)
 
 
 def _measurement(options: argparse.Namespace) -> Measurement:

@@ -107,7 +107,7 @@ def test_what_does_not_fit_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
             raise torch.OutOfMemoryError("CUDA out of memory.")
 
     monkeypatch.setattr(throughput, "Plain", Large)
-    monkeypatch.setattr(throughput.Measurement, "_device_bytes", lambda self: 80 * 2**30)
+    monkeypatch.setattr(throughput, "card_bytes", lambda device: 80 * 2**30)
     measurement = throughput.Measurement(task(), ("streamed", "plain"), ("1MiB",), None, 1)
     refused, large = measurement.rows()
     assert taken == [3, 1] and large["out_of_memory_bytes"] == 80 * 2**30
@@ -170,10 +170,18 @@ def test_the_packaged_model_is_streamed_on_a_cpu(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_cap_above_the_card_is_refused_and_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(throughput.Measurement, "_device_bytes", lambda self: 24 * 2**30)
+    monkeypatch.setattr(throughput, "card_bytes", lambda device: 24 * 2**30)
     monkeypatch.setattr(throughput, "measured", None)
     (row,) = throughput.Measurement(task(), ("streamed",), ("48GiB",), None, 1).rows()
     assert row["refused"] == "the card has 24.00GiB"
+
+
+def test_all_of_a_card_is_the_cap_that_it_is_sold_as() -> None:
+    """One of 24 GiB shows a little less."""
+    cap, shown = 24 * 2**30, int(23.6 * 2**30)
+    assert step_ways.cap_on(shown, cap) == shown and step_ways.cap_on(0, cap) == cap == step_ways.cap_on(2 * cap, cap)
+    with pytest.raises(ValueError, match="the card has 16.00GiB"):
+        step_ways.cap_on(16 * 2**30, cap)
 
 
 def test_a_way_that_fails_takes_no_row_along(monkeypatch: Any, tmp_path: Any, capsys: Any) -> None:
