@@ -18,7 +18,7 @@ TORCH_INDEX ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-SOURCES := pyproject.toml CMakeLists.txt constraints.txt $(wildcard kernels/csrc/*)
+SOURCES := pyproject.toml CMakeLists.txt constraints.txt $(wildcard kernels/host/csrc/* kernels/host/csrc/*/*)
 
 .PHONY: align test check install dev clean
 .DELETE_ON_ERROR:

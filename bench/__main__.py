@@ -8,20 +8,21 @@ from collections.abc import Iterable
 from importlib import import_module
 from typing import Any
 
-COMMANDS = (
-    "quality",
-    "memory",
-    "optimizers",
-    "optimizer-states",
-    "curves",
-    "tracking",
-    "bits",
-    "kernels",
-    "host-optimizer",
-    "throughput",
-    "gpu",
-    "report",
-)
+GROUPS = {  # what is measured -> {command: its module}
+    "training": {name: f"training.{name}" for name in ("quality", "curves", "optimizers", "tracking", "bits")},
+    "memory": {
+        "memory": "memory.command",
+        "optimizer-states": "memory.optimizer_states",
+    },
+    "speed": {
+        "throughput": "speed.throughput",
+        "host-optimizer": "speed.host_optimizer",
+        "kernels": "kernels.command",
+    },
+    "all at once": {"gpu": "gpu.command"},
+    "documents": {"report": "report.command"},
+}
+COMMANDS = {name: module for group in GROUPS.values() for name, module in group.items()}
 
 
 def main(arguments: list[str]) -> int:
@@ -44,7 +45,7 @@ def parser(names: Iterable[str] = COMMANDS) -> argparse.ArgumentParser:
 
 
 def _module(name: str) -> Any:
-    return import_module(f"bench.{name.replace('-', '_')}")
+    return import_module(f"bench.{COMMANDS[name]}")
 
 
 if __name__ == "__main__":

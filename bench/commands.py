@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from bench.markdown import NOTHING, table
+from bench.report.markdown import NOTHING, table
 
 GPU = " on a GPU"
 

@@ -16,55 +16,58 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 
-_METHOD = [f"leapalign/{name}.py" for name in ("alignment", "surrogates", "rollout", "schedule", "draws", "trainer")]
-_PACKAGED = ["leapalign/presets/shapes.yaml", "leapalign/zoo/shapes/pipeline/training.json"]
-_EIGHT_BIT = [f"kernels/{name}.py" for name in ("adamw8bit", "quantize", "rounding")]
-_ENGINE = [
-    "activations",
-    "backward",
-    "evaluation",
-    "gradients",
-    "hoisting",
-    "modulation",
-    "passes",
-    "queues",
-    "setting",
-    "store",
-    "streamed",
-    "streamer",
-    "sums",
-    "units",
-    "velocity",
-    "visiting",
-    "vjp",
-    "weights",
+_METHOD = [f"leapalign/method/{name}.py" for name in ("gradients", "surrogates", "trajectory", "schedule", "draws")]
+_TRAINED = [*_METHOD, "leapalign/run/trainer.py"]
+_PACKAGED = ["leapalign/config/presets/shapes.yaml", "leapalign/zoo/shapes/pipeline/training.json"]
+_EIGHT_BIT = ["kernels/adamw8bit/definition.py", "kernels/adamw8bit/quantize.py", "kernels/rounding.py"]
+_STEP = [
+    "engine/backbones/*.py",
+    "engine/memory/store.py",
+    "engine/memory/module_visit.py",
+    "engine/model.py",
+    "engine/passes/*.py",
+    "engine/planning/placement.py",
+    "engine/streaming/*.py",
+    "leapalign/executors/streamed.py",
 ]
-_STEP = [*(f"engine/{name}.py" for name in _ENGINE), "engine/backbones/*.py", "leapalign/streamed.py"]
-_UPDATE = ["engine/optim.py", "engine/update.py", *_EIGHT_BIT, "kernels/host*.py", "kernels/csrc/*"]
-_TRITON = [f"kernels/{name}*.py" for name in ("leap", "cotangents", "modulate", "gated", "rows", "heads", "qk_norm")]
-_TRITON += ["kernels/adamw8bit_*.py", "kernels/sum_of_squares.py"]
-_ROUNDING = ["kernels/rounding.py", "kernels/quantize.py", "kernels/pairwise.py"]
-_COUNTED = [f"bench/{name}.py" for name in ("simulate", "devices", "one_graph", "live_tensors", "trajectory_*")]
-_PLAN = [f"engine/{name}.py" for name in ("planner", "cost", "stage_costs", "footprint", "traffic")]
-_WAYS = [f"bench/{name}.py" for name in ("step_ways", "device_ways", "random_models", "step_timing", "movement")]
-_WAYS += [f"leapalign/{name}.py" for name in ("alignment", "surrogates", "rollout", "reference")]
-_RATES = ["engine/rates.py", "engine/counting.py"]
-_OPERATIONS = [f"bench/{name}.py" for name in ("kernel_cases", "kernel_timing", "optimizer_cases")]
-_STAGES = [f"bench/{name}.py" for name in ("trajectory_*", "one_graph", "gpu_correctness", "ballast")]
+_HOST = ["kernels/adamw8bit/host.py", "kernels/host/*.py", "kernels/host/csrc/*", "kernels/host/csrc/*/*"]
+_UPDATE = ["engine/optimizer/adamw8bit.py", "engine/optimizer/update.py", *_EIGHT_BIT, *_HOST]
+_TRITON = [
+    "kernels/adamw8bit/device.py",
+    "kernels/adamw8bit/kernel.py",
+    "kernels/blocks/*.py",
+    "kernels/leap/cotangents.py",
+    "kernels/leap/prediction.py",
+    "kernels/sum_of_squares.py",
+]
+_ROUNDING = ["kernels/rounding.py", "kernels/adamw8bit/quantize.py", "kernels/pairwise_sum.py"]
+_COUNTED = [f"bench/memory/{name}.py" for name in ("simulate", "devices", "one_graph", "live_tensors", "trajectory_*")]
+_PLAN = [f"engine/planning/{name}.py" for name in ("planner", "costs", "stage_costs", "footprint", "traffic")]
+_WAYS = [f"bench/speed/{name}.py" for name in ("step_ways", "device_ways", "random_models", "step_timing", "movement")]
+_WAYS += [f"leapalign/method/{name}.py" for name in ("gradients", "surrogates", "trajectory")]
+_WAYS += ["leapalign/executors/reference.py"]
+_RATES = ["engine/planning/rates.py", "engine/planning/counting.py"]
+_OPERATIONS = [f"bench/kernels/{name}.py" for name in ("cases", "timing", "optimizer_cases")]
+_STAGES = [
+    "bench/memory/trajectory_*.py",
+    "bench/memory/one_graph.py",
+    "bench/gpu/correctness.py",
+    "bench/gpu/ballast.py",
+]
 
 # first word of the command -> what it runs; of every command that measures
 DEPENDS: Mapping[str, list[str]] = {
-    "quality": [*_METHOD, *_PACKAGED, *_EIGHT_BIT],
-    "curves": [*_METHOD, *_PACKAGED, *_EIGHT_BIT],
+    "quality": [*_TRAINED, *_PACKAGED, *_EIGHT_BIT],
+    "curves": [*_TRAINED, *_PACKAGED, *_EIGHT_BIT],
     "optimizers": [*_METHOD[:3], *_PACKAGED, *_EIGHT_BIT],
-    "tracking": [*_EIGHT_BIT, *_PACKAGED[1:], "bench/optimizer_steps.py"],
-    "optimizer-states": ["engine/optim.py", "engine/update.py", "engine/store.py", "kernels/quantize.py"],
-    "bits": [*_METHOD[:5], *_STEP, *_UPDATE, *_PACKAGED[1:]],
-    "memory": [*_STEP, *_COUNTED, "engine/counting.py"],
+    "tracking": [*_EIGHT_BIT, *_PACKAGED[1:], "bench/training/optimizer_steps.py"],
+    "optimizer-states": [*_UPDATE[:2], "engine/memory/store.py", "kernels/adamw8bit/quantize.py"],
+    "bits": [*_METHOD, *_STEP, *_UPDATE, *_PACKAGED[1:]],
+    "memory": [*_STEP, *_COUNTED, "engine/planning/counting.py"],
     "throughput": [*_STEP, *_TRITON, *_UPDATE, *_PLAN, *_WAYS, *_RATES],
     "gpu": [*_STEP, *_TRITON, *_ROUNDING, *_UPDATE, *_PLAN, *_WAYS, *_RATES, *_OPERATIONS, *_STAGES],
-    "kernels": [*_TRITON, *_ROUNDING, *_OPERATIONS, "bench/kernel_compilation.py"],
-    "host-optimizer": ["kernels/host*.py", "kernels/csrc/*", *_EIGHT_BIT, "bench/host_optimizer.py"],
+    "kernels": [*_TRITON, *_ROUNDING, *_OPERATIONS, "bench/kernels/compilation.py"],
+    "host-optimizer": [*_HOST, *_EIGHT_BIT, "bench/speed/host_optimizer.py"],
 }
 
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
+from leapalign.engine.memory.sizes import spell_bytes
 from leapalign.engine.plan import MemoryPlan
-from leapalign.engine.sizes import spell_bytes
 
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")  # "5" written here forgets the process's peak
@@ -74,7 +74,7 @@ class Ledger:
     def row(self, step: int) -> dict[str, Any]:
         """{"step", "memory": {phase: {device_bytes, host_bytes, planned_...}}} since the last row, for metrics.jsonl.
 
-        A planned phase's name is that of engine/cost.py; a phase of another name has no planned numbers.
+        A planned phase's name is that of engine/planning/costs.py; a phase of another name has no planned numbers.
         """
         planned = self._planned()
         memory: dict[str, dict[str, int | None]] = {}

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 @dataclass(frozen=True)
 class PhaseCost:
-    """What one phase of a step takes, as predicted by engine/cost.py.
+    """What one phase of a step takes, as predicted by engine/planning/costs.py.
 
     Attributes:
         name: "hoist", "rollout", "reward", "input gradient" or "first leg", "weight gradients", "update".
@@ -48,7 +48,7 @@ class PhaseCost:
 class MemoryPlan:
     """Decisions that the engine takes from here and from nowhere else. None changes the result by more than rounding.
 
-    `plan_memory` (engine/planner.py) makes one for a budget, with predictions; made by hand it has none.
+    `plan_memory` (engine/planning/planner.py) makes one for a budget, with predictions; made by hand it has none.
 
     Attributes:
         microbatch: rows that one block evaluates at once; None for the whole batch. Activations of a single block of so

@@ -12,13 +12,13 @@ import argparse
 import torch
 from accelerate import Accelerator
 
-from leapalign.draws import draw_noise
-from leapalign.embeddings import embed_prompts
-from leapalign.engine.optim import AdamW8bit
-from leapalign.engine.planner import plan_memory
-from leapalign.engine.streamed import StreamedModel
-from leapalign.engine.workload import Budget, Workload
-from leapalign.pipeline import load_pipeline, resolve_model
+from leapalign.data.embeddings import embed_prompts
+from leapalign.engine.model import StreamedModel
+from leapalign.engine.optimizer.adamw8bit import AdamW8bit
+from leapalign.engine.planning.planner import plan_memory
+from leapalign.engine.planning.workload import Budget, Workload
+from leapalign.families.pipeline import load_pipeline, resolve_model
+from leapalign.method.draws import draw_noise
 
 PROMPTS = ["a red circle", "two blue squares", "a green cross left of a yellow triangle", "a blue triangle"]
 RESOLUTION = 32

@@ -22,7 +22,7 @@ that rounding does not need), the function that Triton calls ``tl.philox``, so t
     draw     = 16 bits of word (element mod 8) div 2, the low half where element is even
 
 Every (seed, step, parameter, block) has a key and a counter of its own, so no two elements of a run share their bits,
-and eight draws cost one Philox. ``leapalign.kernels.host`` does the same in C++, bit for bit.
+and eight draws cost one Philox. ``leapalign.kernels.host.native`` does the same in C++, bit for bit.
 """
 
 import torch

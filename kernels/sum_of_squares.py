@@ -22,10 +22,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from leapalign.kernels import host
 from leapalign.kernels.compilation import Compilation
 from leapalign.kernels.dispatch import jit, reaches, tl, triton
-from leapalign.kernels.pairwise import CHUNK, LANES, sum_of_squares_reference
+from leapalign.kernels.host import native as host
+from leapalign.kernels.pairwise_sum import CHUNK, LANES, sum_of_squares_reference
 
 CHUNKS = 16  # of a program, a power of two: with one warp 8 lanes a thread, 16 bytes of bf16
 AHEAD = 16  # turns that are loaded together: 8 KiB of bf16 on the way to a program

@@ -8,15 +8,15 @@ from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from leapalign.alignment import GradientResult, alignment_gradients
-    from leapalign.surrogates import LeapAlign
+    from leapalign.method.gradients import GradientResult, alignment_gradients
+    from leapalign.method.surrogates import LeapAlign
 
 __all__ = ["GradientResult", "LeapAlign", "alignment_gradients"]
 
 _HOMES = {
-    "GradientResult": "leapalign.alignment",
-    "LeapAlign": "leapalign.surrogates",
-    "alignment_gradients": "leapalign.alignment",
+    "GradientResult": "leapalign.method.gradients",
+    "LeapAlign": "leapalign.method.surrogates",
+    "alignment_gradients": "leapalign.method.gradients",
 }
 
 try:

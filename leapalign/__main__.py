@@ -2,7 +2,7 @@
 
 import sys
 
-from leapalign.cli import main
+from leapalign.commands.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -67,7 +67,7 @@ def test_the_wheel_holds_every_file_once(wheel: Path) -> None:
 def test_the_wheel_holds_the_data(wheel: Path) -> None:
     names = wheel_names(wheel)
     assert "leapalign/py.typed" in names
-    assert "leapalign/presets/shapes.yaml" in names
+    assert "leapalign/config/presets/shapes.yaml" in names
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
 
 
@@ -76,7 +76,7 @@ def test_the_sdist_builds_the_same_wheel(sdist: Path, wheel: Path, tmp_path: Pat
         archive.extractall(tmp_path / "source", filter="data")
     (source,) = (tmp_path / "source").iterdir()
     assert (source / "CMakeLists.txt").is_file()
-    assert (source / "kernels" / "csrc" / "host.cpp").is_file()
+    assert (source / "kernels" / "host" / "csrc" / "host.cpp").is_file()
     assert not (source / "leapalign" / "engine").exists()
     assert not (source / "leapalign" / "kernels").exists()
     assert sorted(wheel_names(build("wheel", source, tmp_path / "wheel"))) == sorted(wheel_names(wheel))

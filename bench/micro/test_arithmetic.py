@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from bench.kernel_cases import Case, Shapes, cases
+from bench.kernels.cases import Case, Shapes, cases
 from bench.micro.conftest import Measure
-from leapalign.kernels.quantize import BLOCK, blocks_of, dequantize, quantize, signed_map
+from leapalign.kernels.adamw8bit.quantize import BLOCK, blocks_of, dequantize, quantize, signed_map
 from leapalign.kernels.rounding import round_stochastic
 
 pytestmark = pytest.mark.benchmark(max_time=0.2, min_rounds=5)

@@ -1,4 +1,4 @@
-"""Kernels of the host (kernels/host.py, kernels/host_adamw8bit.py) on each instruction set, beside torch."""
+"""Kernels of the host (kernels/host/native.py, kernels/adamw8bit/host.py) on each instruction set, beside torch."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from bench.micro.conftest import Measure
-from leapalign.kernels import adamw8bit, host, host_adamw8bit
-from leapalign.kernels.adamw8bit import Hyper
-from leapalign.kernels.quantize import BLOCK, blocks_of
+from leapalign.kernels.adamw8bit import definition as adamw8bit
+from leapalign.kernels.adamw8bit import host as host_adamw8bit
+from leapalign.kernels.adamw8bit.definition import Hyper
+from leapalign.kernels.adamw8bit.quantize import BLOCK, blocks_of
+from leapalign.kernels.host import native as host
 
 pytestmark = pytest.mark.benchmark(max_time=0.25, min_rounds=5)
 

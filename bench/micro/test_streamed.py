@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from bench.micro.conftest import Measure
-from leapalign.engine.evaluation import Leg
-from leapalign.engine.gradients import GradientDictionary
+from leapalign.engine.model import StreamedModel
+from leapalign.engine.passes.evaluation import Leg
 from leapalign.engine.plan import MemoryPlan
-from leapalign.engine.streamed import StreamedModel
+from leapalign.engine.streaming.gradients import GradientDictionary
 
 pytestmark = pytest.mark.benchmark(max_time=0.3, min_rounds=3)
 

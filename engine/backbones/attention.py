@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from leapalign.kernels.qk_norm_rope import qk_norm_rope
+from leapalign.kernels.blocks.qk_norm_rope import qk_norm_rope
 
 Attention = Literal["auto", "native", "cudnn", "flash", "xformers"]
 

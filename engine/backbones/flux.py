@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from leapalign.engine.backbones.attention import set_attention, set_processors
 from leapalign.engine.backbones.fused import joint_block, modulated_output, runs_fused, single_block
+from leapalign.engine.backbones.modulation import hoist_modulation
 from leapalign.engine.backbones.stage import (
     Part,
     Stage,
@@ -21,8 +22,7 @@ from leapalign.engine.backbones.stage import (
     full_names,
     template,
 )
-from leapalign.engine.modulation import hoist_modulation
-from leapalign.engine.velocity import timestep_scale
+from leapalign.engine.backbones.velocity import timestep_scale
 
 _NEEDED = ("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep", "img_ids", "txt_ids")
 

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from leapalign.engine.modulation import modulation_vectors
+from leapalign.engine.backbones.modulation import modulation_vectors
+from leapalign.kernels.blocks.gated import gated_residual
+from leapalign.kernels.blocks.gated_modulate import gated_residual_modulate
+from leapalign.kernels.blocks.modulate import layer_norm_modulate
 from leapalign.kernels.dispatch import reaches_device
-from leapalign.kernels.gated import gated_residual
-from leapalign.kernels.gated_modulate import gated_residual_modulate
-from leapalign.kernels.modulate import layer_norm_modulate
 
 # The classes whose forward is written out here; subclasses may do something else.
 _BLOCKS = ("FluxTransformerBlock", "FluxSingleTransformerBlock", "JointTransformerBlock")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from leapalign.engine.velocity import is_batched
+from leapalign.engine.backbones.velocity import is_batched
 
 
 @dataclass(frozen=True)

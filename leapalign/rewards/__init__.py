@@ -12,8 +12,8 @@ from torch import Tensor
 from leapalign.errors import UsageError
 
 if TYPE_CHECKING:
-    from leapalign.keys import AlignConfig
-    from leapalign.pipeline import FlowPipeline
+    from leapalign.config.keys import AlignConfig
+    from leapalign.families.pipeline import FlowPipeline
 
 
 class RewardModel(Protocol):
@@ -53,7 +53,7 @@ def load_reward(config: AlignConfig) -> RewardModel:
     Raises:
         UsageError: its files are not there.
     """
-    from leapalign.pipeline import resolve_device
+    from leapalign.families.pipeline import resolve_device
 
     device = resolve_device(config.device if config.executor == "autograd" else "cpu")
     if config.reward == "shapes":

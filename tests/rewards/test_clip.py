@@ -18,7 +18,7 @@ except ImportError:
 
 from leapalign.errors import UsageError
 from leapalign.rewards.clip import CLIP_STD, load_clip_reward, preprocess
-from tests.tiny_pipeline import clip_text_config, clip_tokenizer
+from tests.families.tiny_pipeline import clip_text_config, clip_tokenizer
 
 SIZE = 24
 

@@ -19,11 +19,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import leapalign.kernels.sum_of_squares as squares
-from leapalign.kernels import adamw8bit, adamw8bit_kernel, dispatch, host
-from leapalign.kernels.adamw8bit import AVERAGE_STREAM, Hyper
-from leapalign.kernels.adamw8bit_kernel import BLOCKS
-from leapalign.kernels.adamw8bit_triton import expand, update_outer, update_triton
-from leapalign.kernels.quantize import BLOCK, blocks_of, boundaries, signed_map, unsigned_map
+from leapalign.kernels import dispatch
+from leapalign.kernels.adamw8bit import definition as adamw8bit
+from leapalign.kernels.adamw8bit import kernel as adamw8bit_kernel
+from leapalign.kernels.adamw8bit.definition import AVERAGE_STREAM, Hyper
+from leapalign.kernels.adamw8bit.device import expand, update_outer, update_triton
+from leapalign.kernels.adamw8bit.kernel import BLOCKS
+from leapalign.kernels.adamw8bit.quantize import BLOCK, blocks_of, boundaries, signed_map, unsigned_map
+from leapalign.kernels.host import native as host
 from leapalign.kernels.rounding import ROUNDS, random_draws, round_with_draws
 from leapalign.kernels.sum_of_squares import CHUNK, sum_of_squares, sum_of_squares_outer
 

@@ -1,4 +1,4 @@
-"""A whole FLUX and a whole SD3 on the kernels, interpreted; tests/engine/test_fused_blocks.py runs this file."""
+"""A whole FLUX and a whole SD3 on the kernels, interpreted; tests/engine/backbones/test_fused_blocks.py runs this file."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from leapalign.engine.backbones import backbone_of
-from tests.engine.test_backbones import composed
+from tests.engine.backbones.test_backbones import composed
 
 CPU = torch.device("cpu")
 

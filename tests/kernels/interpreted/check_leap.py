@@ -1,4 +1,4 @@
-"""`leapalign.kernels.leap` under Triton's interpreter, against float64. Run by tests/kernels/test_leap.py.
+"""`leapalign.kernels.leap.prediction` under Triton's interpreter, against float64. Run by tests/kernels/leap/test_prediction.py.
 
 Bounds, with u = 2^-24 and every intermediate in float32. A prediction x - s v rounds the width s, the product and the
 difference: off by at most e = u (2 |s v| + |x - s v|), and by an eps of bfloat16 more where it is stored in that: the
@@ -21,8 +21,8 @@ from hypothesis import settings as budget
 from hypothesis import strategies as st
 from torch import Tensor
 
-from leapalign.kernels import leap as module
-from leapalign.kernels.leap import leap_distance, predict
+from leapalign.kernels.leap import prediction as module
+from leapalign.kernels.leap.prediction import leap_distance, predict
 
 # Any: they are called with unpacked tuples
 leap: Any = module.leap

@@ -26,10 +26,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from leapalign.kernels import rows
-from leapalign.kernels.gated import gated_residual
-from leapalign.kernels.gated_modulate import gated_residual_modulate
-from leapalign.kernels.modulate import layer_norm_modulate
+from leapalign.kernels.blocks import rows
+from leapalign.kernels.blocks.gated import gated_residual
+from leapalign.kernels.blocks.gated_modulate import gated_residual_modulate
+from leapalign.kernels.blocks.modulate import layer_norm_modulate
 
 U = 2.0**-24
 TINY = 2.0**-126

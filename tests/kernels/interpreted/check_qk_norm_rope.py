@@ -24,10 +24,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from leapalign.kernels import heads, qk_norm_rope_backward
+from leapalign.kernels.blocks import heads, qk_norm_rope_backward
+from leapalign.kernels.blocks.heads import inverse_rms, rotate, rows
+from leapalign.kernels.blocks.qk_norm_rope import forward_reference, qk_norm_rope
 from leapalign.kernels.dispatch import INTERPRETED
-from leapalign.kernels.heads import inverse_rms, rotate, rows
-from leapalign.kernels.qk_norm_rope import forward_reference, qk_norm_rope
 
 U = 2.0**-24
 OUTPUT = {torch.float32: U, torch.bfloat16: 2.0**-7 if INTERPRETED else 2.0**-8}

@@ -1,4 +1,4 @@
-"""The device's update with Triton equals the one in torch bit for bit: run by tests/engine/test_update_kernels.py.
+"""The device's update with Triton equals the one in torch bit for bit: run by tests/engine/optimizer/test_update_kernels.py.
 
 Blocks run in torch: what is compared is what the optimizer does with their gradients.
 """
@@ -15,12 +15,14 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from leapalign.engine.backbones import SequentialBackbone
-from leapalign.engine.evaluation import Leg
-from leapalign.engine.modulation import OuterProduct
-from leapalign.engine.optim import AdamW8bit
+from leapalign.engine.backbones.modulation import OuterProduct
+from leapalign.engine.model import StreamedModel
+from leapalign.engine.optimizer.adamw8bit import AdamW8bit
+from leapalign.engine.passes.evaluation import Leg
 from leapalign.engine.plan import MemoryPlan
-from leapalign.engine.streamed import StreamedModel
-from leapalign.kernels import adamw8bit_kernel, adamw8bit_triton, dispatch
+from leapalign.kernels import dispatch
+from leapalign.kernels.adamw8bit import device as adamw8bit_triton
+from leapalign.kernels.adamw8bit import kernel as adamw8bit_kernel
 
 CPU = torch.device("cpu")
 STEPS = 3
@@ -229,7 +231,7 @@ def test_hoisted_modulation_of_a_transformer(
         outer.append(weights.shape)
         update_outer(weights, *given, **options)
 
-    monkeypatch.setattr("leapalign.engine.update.update_outer", counted)
+    monkeypatch.setattr("leapalign.engine.optimizer.update.update_outer", counted)
     results = []
     latents, conditioning = make_inputs("flux", 2, torch.bfloat16)
     inputs = {"hidden_states": latents, "timestep": torch.tensor([0.9, 0.5]), **conditioning}

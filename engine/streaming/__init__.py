@@ -1,0 +1,1 @@
+"""What moves between host and device: copies, slots, weights, gradients, activations. No arithmetic of models."""

@@ -1,4 +1,0 @@
-#define LEAPALIGN_ISA avx2
-#include "vector_avx2.h"
-
-#include "table.h"

@@ -1,4 +1,0 @@
-#define LEAPALIGN_ISA avx512
-#include "vector_avx512.h"
-
-#include "table.h"

@@ -1,4 +1,0 @@
-#define LEAPALIGN_ISA scalar
-#include "vector_scalar.h"
-
-#include "table.h"

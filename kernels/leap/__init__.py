@@ -1,0 +1,1 @@
+"""Leap prediction, connector distances and discounted cotangents. No models, no optimizer."""

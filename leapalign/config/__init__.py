@@ -1,0 +1,1 @@
+"""The keys of a config, their checks, and the presets. No torch."""

@@ -1,0 +1,1 @@
+"""What comes in: prompts and their embeddings. No training."""

@@ -1,0 +1,1 @@
+"""Pictures and what they are worth: sampling, scores, metrics. Nothing here trains."""

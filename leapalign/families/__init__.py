@@ -1,0 +1,1 @@
+"""Model families, one file each: latents, guidance, noise levels, prompts, position ids, published shapes."""

@@ -1,0 +1,1 @@
+"""A run: trainer, state, checkpoints, validation, tracking. No arithmetic of the method."""
