@@ -8,14 +8,15 @@ from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from leapalign.method.gradients import GradientResult, alignment_gradients
-    from leapalign.method.surrogates import LeapAlign
+    from leapalign.method.gradients import alignment_gradients
+    from leapalign.method.leapalign import LeapAlign
+    from leapalign.method.task import GradientResult
 
 __all__ = ["GradientResult", "LeapAlign", "alignment_gradients"]
 
 _HOMES = {
-    "GradientResult": "leapalign.method.gradients",
-    "LeapAlign": "leapalign.method.surrogates",
+    "GradientResult": "leapalign.method.task",
+    "LeapAlign": "leapalign.method.leapalign",
     "alignment_gradients": "leapalign.method.gradients",
 }
 

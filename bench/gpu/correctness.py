@@ -42,7 +42,7 @@ from leapalign.kernels.adamw8bit.device import expand, update_outer, update_trit
 from leapalign.kernels.adamw8bit.quantize import blocks_of
 from leapalign.method.draws import draw_noise, draw_pairs
 from leapalign.method.gradients import alignment_gradients
-from leapalign.method.surrogates import LeapAlign
+from leapalign.method.leapalign import LeapAlign
 
 Row = dict[str, Any]  # "key", "passed", and what was found
 Check = Callable[[], Row]

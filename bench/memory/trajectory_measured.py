@@ -32,7 +32,7 @@ from leapalign.engine.model import StreamedModel
 from leapalign.engine.streaming.gradients import Sink, accumulation
 from leapalign.engine.streaming.partition import default_dtype
 from leapalign.executors.streamed import streamed_rollout, streamed_vjps
-from leapalign.method.surrogates import last_steps
+from leapalign.method.last_steps import last_steps
 from leapalign.method.trajectory import rollout
 
 _CPU = torch.device("cpu")

@@ -33,8 +33,9 @@ from leapalign.engine.planning.workload import DEVICE_BASE, Budget, Machine, Wor
 from leapalign.engine.streaming.partition import meta_transformer
 from leapalign.families.pipeline import FlowPipeline
 from leapalign.method.draws import draw_noise, draw_pairs
-from leapalign.method.gradients import alignment_gradients, timed
-from leapalign.method.surrogates import LeapAlign
+from leapalign.method.gradients import alignment_gradients
+from leapalign.method.leapalign import LeapAlign
+from leapalign.method.task import timed
 from leapalign.planning.workload import SLACK
 from leapalign.rewards import LatentReward
 

@@ -35,7 +35,7 @@ from leapalign.evaluation.sampling import prompt_store
 from leapalign.families.pipeline import load_pipeline
 from leapalign.method.draws import draw_noise, draw_pairs, draw_prompts
 from leapalign.method.gradients import alignment_gradients
-from leapalign.method.surrogates import LeapAlign
+from leapalign.method.leapalign import LeapAlign
 from leapalign.rewards import LatentReward, RewardModel, load_reward
 
 SUMMARY = "bits and distances of the weights after 50 steps, with one decision of the plan changed at a time"

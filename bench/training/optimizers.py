@@ -32,7 +32,7 @@ from leapalign.evaluation.sampling import prompt_store
 from leapalign.families.pipeline import FlowPipeline, load_pipeline
 from leapalign.method.draws import draw_noise, draw_pairs, draw_prompts
 from leapalign.method.gradients import alignment_gradients
-from leapalign.method.surrogates import LeapAlign
+from leapalign.method.leapalign import LeapAlign
 from leapalign.rewards import LatentReward, load_reward
 
 SUMMARY = "reward curves of 8-bit AdamW with stochastic rounding beside float32 and round-to-nearest"

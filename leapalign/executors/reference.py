@@ -7,16 +7,52 @@ is that of both model evaluations and the reward at once.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from leapalign.engine.backbones.velocity import velocity
+from leapalign.engine.backbones.velocity import evaluation_mode, velocity
 from leapalign.engine.passes.vjp import trainable
-from leapalign.method.gradients import GradientResult, Reward, check_finite, hinge, score
-from leapalign.method.surrogates import LeapAlign
-from leapalign.method.trajectory import Trajectory
+from leapalign.method.leapalign import LeapAlign
+from leapalign.method.reward_gradient import check_finite, hinge, score
+from leapalign.method.task import GradientResult, GradientTask, Reward, timed
+from leapalign.method.trajectory import Trajectory, rollout
+
+
+class Reference:
+    """Gradients of the paper's own graph; an oracle for small models."""
+
+    delivers = False
+    streams = False
+
+    def __call__(self, task: GradientTask, /) -> GradientResult:
+        """Roll out, then backpropagate through both leaps and the reward at once.
+
+        Raises:
+            ValueError: a method other than LeapAlign with two leaps, whose algorithm this is.
+        """
+        if not isinstance(task.method, LeapAlign):
+            raise ValueError(
+                f"method {type(task.method).__name__} does not run in executor='reference', which is LeapAlign's "
+                "Algorithm 1 written out; use autograd or streamed"
+            )
+        seconds: dict[str, float] = {}
+        with evaluation_mode(task.transformer):
+            with timed(seconds, "rollout", task.noise.device):
+                trajectory = rollout(
+                    task.transformer, task.conditioning, task.noise, task.sigmas,
+                    keep=task.steps, microbatch=task.microbatch,
+                )  # fmt: skip
+            with timed(seconds, "graph", task.noise.device):
+                found = reference_gradients(
+                    task.transformer, task.conditioning, trajectory, task.reward, task.method, task.steps, seconds
+                )
+        return replace(found, grads={name: gradient * task.scale for name, gradient in found.grads.items()})
+
+
+reference = Reference()
 
 
 def reference_gradients(

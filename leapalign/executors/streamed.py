@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +28,9 @@ from leapalign.engine.passes.vjp import trainable
 from leapalign.engine.plan import MemoryPlan
 from leapalign.engine.streaming.gradients import GradientDictionary, Sink
 from leapalign.kernels.leap.cotangents import leg_cotangent
-from leapalign.method.gradients import GradientResult, Reward, check_finite, reward_gradient, timed
-from leapalign.method.surrogates import LeapAlign, Surrogate, leapalign2
+from leapalign.method.reward_gradient import check_finite, reward_gradient
+from leapalign.method.surrogates import Surrogate
+from leapalign.method.task import GradientResult, GradientTask, timed
 from leapalign.method.trajectory import Trajectory, euler
 
 Mode = Literal["paired", "held"]
@@ -68,58 +69,61 @@ class StreamedRollout:
                 part.drop()
 
 
-def streamed_gradients(
-    transformer: nn.Module,
-    conditioning: Mapping[str, Any],
-    noise: Tensor,
-    sigmas: Tensor,
-    reward: Reward,
-    method: LeapAlign,
-    pairs: Tensor,
-    *,
-    mode: Mode | None,
-    microbatch: int | None,
-    scale: float = 1.0,
-    sink: Sink | None = None,
-    hold: bool = False,
-) -> GradientResult:
-    """`leapalign.alignment_gradients` with a streamed executor; see there.
+@dataclass(frozen=True)
+class Streamed:
+    """Gradients with the weights in host memory; returned there, 4 bytes a parameter (8 for float64), or delivered.
 
-    Args:
-        mode: None: the plan's, as is all else.
-        microbatch: the reward's; None: the plan's.
-
-    Without a sink or `hold` the gradients come back on the host, 4 bytes a parameter (8 for float64).
+    Attributes:
+        mode: None: the model's plan's, as is all else.
     """
+
+    mode: Mode | None = None
+    delivers: ClassVar[bool] = True
+    streams: ClassVar[bool] = True
+
+    def __call__(self, task: GradientTask, /) -> GradientResult:
+        """See `leapalign.alignment_gradients`; the task's microbatch is the reward's, None the plan's."""
+        return _gradients(task, self.mode)
+
+
+by_plan, paired, held = Streamed(), Streamed("paired"), Streamed("held")
+
+
+def _gradients(task: GradientTask, mode: Mode | None) -> GradientResult:
+    """Rollout, reward and products in turn; the held sums are discarded if one of them fails."""
     seconds: dict[str, float] = {}
-    own = GradientDictionary() if sink is None and not hold else None
-    goal = own if own is not None else sink
-    with streamed_model(transformer, microbatch, reward_microbatch=microbatch or noise.shape[0]) as model:
+    own = GradientDictionary() if task.sink is None and not task.hold else None
+    goal = own if own is not None else task.sink
+    with streamed_model(
+        task.transformer, task.microbatch, reward_microbatch=task.microbatch or task.noise.shape[0]
+    ) as model:
         parameters, plan = trainable(model), model.plan
-        visit = reward.visit if isinstance(reward, VisitingReward) else nullcontext
+        visit = task.reward.visit if isinstance(task.reward, VisitingReward) else nullcontext
         keep = plan.keep_block_inputs and bool(parameters)
         with timed(seconds, "rollout", model.device):
-            rolled = streamed_rollout(model, conditioning, noise, sigmas, pairs.tolist(), keep_block_inputs=keep)
+            rolled = streamed_rollout(
+                model, task.conditioning, task.noise, task.sigmas, task.steps.tolist(), keep_block_inputs=keep
+            )
         try:
             trajectory = rolled.trajectory
-            surrogate = leapalign2(trajectory, pairs, method)
+            surrogate = task.method.surrogate(trajectory, task.steps)
             with timed(seconds, "reward", model.device), reward_phase(model, visit):
                 rewards, loss, g = reward_gradient(
-                    reward,
+                    task.reward,
                     trajectory.final,
                     surrogate.weights,
-                    method.threshold,
-                    microbatch=microbatch or plan.reward_microbatch,
+                    task.method.threshold,
+                    microbatch=task.microbatch or plan.reward_microbatch,
                 )
             with timed(seconds, "vjp", model.device):
                 active = torch.nonzero(g.flatten(1).any(1)).flatten().tolist()
                 if parameters and active:
                     streamed_vjps(
                         model,
-                        conditioning,
+                        task.conditioning,
                         rolled,
                         surrogate,
-                        g * scale,
+                        g * task.scale,
                         mode=mode or plan.mode,
                         sink=goal,
                         active=active,
@@ -134,7 +138,7 @@ def streamed_gradients(
             rolled.drop()
         found = {name: own.grads[name] for name in parameters} if own is not None else {}
     return GradientResult(
-        loss, rewards, surrogate.weights, surrogate.d_j, surrogate.d_0, found, pairs=pairs, seconds=seconds
+        loss, rewards, surrogate.weights, surrogate.d_j, surrogate.d_0, found, pairs=task.steps, seconds=seconds
     )
 
 

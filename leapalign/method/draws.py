@@ -12,6 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from leapalign.method.surrogates import Method
+
 
 def sample_generator(seed: int, step: int, sample: int, stream: str = "noise") -> torch.Generator:
     """A CPU generator keyed by a hash of (stream, seed, step, sample); neighbouring keys give unrelated streams.
@@ -39,6 +41,12 @@ def draw_pairs(seed: int, step: int, samples: Sequence[int], num_steps: int) -> 
         torch.randint(count, (1,), generator=sample_generator(seed, step, sample, "pairs")).item() for sample in samples
     ]
     return unrank_pairs(torch.tensor(ranks, dtype=torch.int64), num_steps)
+
+
+def draw_steps(method: Method, seed: int, step: int, samples: Sequence[int], num_steps: int) -> Tensor:
+    """(len(samples), method.legs) rollout steps at which each sample is differentiated; of LeapAlign `draw_pairs`."""
+    rows = [method.draw(1, num_steps, sample_generator(seed, step, sample, "pairs")) for sample in samples]
+    return torch.cat(rows) if rows else torch.empty(0, method.legs, dtype=torch.int64)
 
 
 def random_pairs(batch: int, num_steps: int, generator: torch.Generator) -> Tensor:

@@ -20,9 +20,10 @@ from leapalign.errors import UsageError
 from leapalign.evaluation.sampling import prompt_store
 from leapalign.evaluation.scores import Evaluation, table
 from leapalign.families.pipeline import configured_pipeline, resolve_device
-from leapalign.method.draws import draw_noise, draw_pairs, draw_prompts
-from leapalign.method.gradients import GradientResult, alignment_gradients
-from leapalign.method.surrogates import LeapAlign
+from leapalign.method.draws import draw_noise, draw_prompts, draw_steps
+from leapalign.method.gradients import alignment_gradients
+from leapalign.method.leapalign import LeapAlign
+from leapalign.method.task import GradientResult
 from leapalign.planning.run_plan import RunPlan, memory_error, plan_of_run
 from leapalign.rewards import LatentReward, RewardModel, load_reward
 from leapalign.run.interruption import Interruption
@@ -244,7 +245,7 @@ class Trainer:
             pipeline.sigmas(config.num_inference_steps, config.resolution),
             LatentReward(pipeline, self.reward, texts),
             self.method,
-            pairs=draw_pairs(config.seed, self.state.step, samples, config.num_inference_steps),
+            pairs=draw_steps(self.method, config.seed, self.state.step, samples, config.num_inference_steps),
             executor=config.executor,
             microbatch=None if self.planned else config.microbatch,
             **how,

@@ -24,10 +24,11 @@ from leapalign.engine.memory.arena import HostArena
 from leapalign.engine.model import StreamedModel
 from leapalign.engine.plan import MemoryPlan
 from leapalign.engine.streaming.gradients import GradientDictionary
+from leapalign.executors.autograd import surrogate_gradients
 from leapalign.executors.streamed import streamed_rollout, streamed_vjps
 from leapalign.families.published import SD35_MEDIUM
-from leapalign.method.gradients import surrogate_gradients
-from leapalign.method.surrogates import LeapAlign, last_steps, leapalign2
+from leapalign.method.last_steps import last_steps
+from leapalign.method.leapalign import LeapAlign, leapalign2
 from leapalign.method.trajectory import rollout
 from tests.bench.test_memory import TINY
 

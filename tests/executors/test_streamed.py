@@ -18,9 +18,9 @@ from leapalign.engine.model import StreamedModel
 from leapalign.engine.passes.vjp import ensure_grads
 from leapalign.engine.plan import MemoryPlan
 from leapalign.engine.streaming.gradients import GradientDictionary
+from leapalign.executors.autograd import surrogate_gradients
 from leapalign.executors.reference import connect, discount
 from leapalign.executors.streamed import streamed_rollout, streamed_vjps
-from leapalign.method.gradients import surrogate_gradients
 from leapalign.method.surrogates import Leg, Surrogate
 from leapalign.method.trajectory import rollout
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from leapalign import LeapAlign, alignment_gradients
-from leapalign.method.gradients import reward_gradient
+from leapalign.method.reward_gradient import reward_gradient
 from leapalign.method.trajectory import rollout
 
 SIGMAS = torch.tensor([1.0, 0.9, 0.7, 0.5, 0.25, 0.0], dtype=torch.float64)

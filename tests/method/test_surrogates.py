@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from leapalign.kernels.leap.prediction import similarity_weights
-from leapalign.method.surrogates import LeapAlign, leapalign2
+from leapalign.method.leapalign import LeapAlign, leapalign2
 from leapalign.method.trajectory import Trajectory
 
 SIGMAS = [1.0, 0.9, 0.6, 0.25, 0.0]

@@ -18,7 +18,7 @@ from leapalign.engine.passes.vjp import trainable
 from leapalign.executors.reference import reference_gradients
 from leapalign.kernels.leap.connector import discount, leap_connector
 from leapalign.kernels.leap.prediction import similarity_weights
-from leapalign.method.gradients import hinge
+from leapalign.method.reward_gradient import hinge
 from leapalign.method.trajectory import rollout
 
 SIGMAS = torch.tensor([1.0, 0.9, 0.7, 0.5, 0.25, 0.0], dtype=torch.float64)
