@@ -16,7 +16,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 
-_METHOD = [f"leapalign/method/{name}.py" for name in ("gradients", "surrogates", "trajectory", "schedule", "draws")]
+_METHOD = [
+    f"leapalign/method/{name}.py"
+    for name in ("surrogates", "leapalign", "reward_gradient", "trajectory", "schedule", "draws")
+]
 _TRAINED = [*_METHOD, "leapalign/run/trainer.py"]
 _PACKAGED = ["leapalign/config/presets/shapes.yaml", "leapalign/zoo/shapes/pipeline/training.json"]
 _EIGHT_BIT = ["kernels/adamw8bit/definition.py", "kernels/adamw8bit/quantize.py", "kernels/rounding.py"]

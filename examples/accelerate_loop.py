@@ -17,7 +17,8 @@ from leapalign.engine.model import StreamedModel
 from leapalign.engine.optimizer.adamw8bit import AdamW8bit
 from leapalign.engine.planning.planner import plan_memory
 from leapalign.engine.planning.workload import Budget, Workload
-from leapalign.families.pipeline import load_pipeline, resolve_model
+from leapalign.families.pipeline import load_pipeline
+from leapalign.families.source import resolve_model
 from leapalign.method.draws import draw_noise
 
 PROMPTS = ["a red circle", "two blue squares", "a green cross left of a yellow triangle", "a blue triangle"]

@@ -17,7 +17,8 @@ from leapalign.engine.model import StreamedModel
 from leapalign.engine.optimizer.adamw8bit import AdamW8bit
 from leapalign.engine.planning.planner import plan_memory
 from leapalign.engine.planning.workload import Budget, Workload
-from leapalign.families.pipeline import load_pipeline, resolve_device, resolve_model
+from leapalign.families.pipeline import load_pipeline
+from leapalign.families.source import resolve_device, resolve_model
 from leapalign.zoo.shapes.prompts import sample_specs
 from leapalign.zoo.shapes.scenes import render, sample_scenes
 from leapalign.zoo.shapes.train_flow import pack

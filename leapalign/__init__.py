@@ -8,7 +8,7 @@ from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from leapalign.method.gradients import alignment_gradients
+    from leapalign.gradients import alignment_gradients
     from leapalign.method.leapalign import LeapAlign
     from leapalign.method.task import GradientResult
 
@@ -17,7 +17,7 @@ __all__ = ["GradientResult", "LeapAlign", "alignment_gradients"]
 _HOMES = {
     "GradientResult": "leapalign.method.task",
     "LeapAlign": "leapalign.method.leapalign",
-    "alignment_gradients": "leapalign.method.gradients",
+    "alignment_gradients": "leapalign.gradients",
 }
 
 try:

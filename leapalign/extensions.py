@@ -32,11 +32,12 @@ def load(room: str, own: Mapping[str, str], name: str, *, key: str) -> Any:
     """
     known = names(room, own)
     place = known.get(name, name)
-    if ":" not in place:
+    if name not in known and ":" not in name:
         raise UsageError(f"{key}={name!r}: choose one of {', '.join(known)}, or write module:name")
     module, _, attribute = place.partition(":")
     try:
-        return getattr(importlib.import_module(module), attribute)
+        found = importlib.import_module(module)
+        return getattr(found, attribute) if attribute else found
     except ModuleNotFoundError as error:
         if error.name is None or not (module == error.name or module.startswith(error.name + ".")):
             raise  # the module is there, and misses something itself

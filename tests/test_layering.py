@@ -1,18 +1,22 @@
 """Who may import whom: leapalign -> engine -> kernels, and no name of ours in the way of anyone else's."""
 
 import ast
+import graphlib
 import importlib.metadata
 import re
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = {"engine": "leapalign.engine", "kernels": "leapalign.kernels", "leapalign": "leapalign"}
+CODE = {".cpp", ".h", ".py", ".pyi"}
+DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 TEXT = {".cfg", ".cpp", ".h", ".ini", ".jsonl", ".md", ".py", ".pyi", ".sh", ".toml", ".txt", ".yaml", ".yml"}
 
 
@@ -43,9 +47,10 @@ def module_name(path: Path) -> str:
     return ".".join([LAYERS[folder], *rest]).removesuffix(".__init__")
 
 
-def imports(path: Path) -> Iterator[tuple[int, str]]:
+def imports(path: Path, module: str | None = None) -> Iterator[tuple[int, str]]:
     """(line, absolute name) of every import in a file, those inside functions and TYPE_CHECKING blocks included."""
-    package = module_name(path) if path.name == "__init__.py" else module_name(path).rpartition(".")[0]
+    module = module or module_name(path)
+    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), str(path))):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
@@ -92,10 +97,10 @@ def test_imports_go_one_way(folder: str, allowed: tuple[str, ...]) -> None:
     ("source", "names"),
     [
         ("import engine.store", ["engine.store"]),
-        ("from leapalign import rollout", ["leapalign.method.trajectory"]),
-        ("from .. import rollout", ["leapalign.method.trajectory"]),
-        ("from ..engine.vjp import f", ["leapalign.engine.passes.vjp.f"]),
-        ("def f():\n    from leapalign.engine import vjp", ["leapalign.engine.passes.vjp"]),
+        ("from leapalign import rollout", ["leapalign.rollout"]),
+        ("from .. import rollout", ["leapalign.rollout"]),
+        ("from ..engine.vjp import f", ["leapalign.engine.vjp.f"]),
+        ("def f():\n    from leapalign.engine import vjp", ["leapalign.engine.vjp"]),
     ],
 )
 def test_every_form_of_import_is_seen(
@@ -107,6 +112,110 @@ def test_every_form_of_import_is_seen(
     path.write_text(source)
     assert [name for _, name in imports(path)] == names
     assert len(breaches("kernels", ("leapalign.kernels",))) == len(names)
+
+
+# ---- rooms ---------------------------------------------------------------------------------------------------------
+
+MOST_FILES = 14  # in a folder
+MOST_LINES = 450  # in a file
+FOLDERS = (*LAYERS, "bench")
+
+
+def modules() -> dict[str, Path]:
+    """{dotted name: file} of all code that is not a test."""
+    found = {module_name(path): path for folder in LAYERS for path in sources(folder) if path.suffix == ".py"}
+    bench = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in (ROOT / "bench").rglob("*.py")}
+    return found | bench
+
+
+def import_graph(files: Mapping[str, Path]) -> dict[str, set[str]]:
+    """{module: modules that it imports, anywhere in its file, for types only too}."""
+    graph: dict[str, set[str]] = {}
+    for name, path in files.items():
+        graph[name] = set()
+        for _, target in imports(path, name):
+            known = target if target in files else target.rpartition(".")[0]
+            if known in files and known != name:
+                graph[name].add(known)
+    return graph
+
+
+def circles(graph: Mapping[str, Iterable[str]]) -> list[tuple[str, ...]]:
+    """The circle that graphlib finds first, as one item; empty without any."""
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        return [tuple(error.args[1])]
+    return []
+
+
+def room(name: str, path: Path) -> str:
+    """The folder of a module: of engine/ and kernels/ their subfolders, and each file directly in a layer is its own."""
+    folder, *inner = path.relative_to(ROOT).parts
+    return f"{folder}/{inner[0]}"
+
+
+def test_no_file_imports_in_a_circle() -> None:
+    assert not circles(import_graph(modules()))
+
+
+def test_no_room_imports_in_a_circle() -> None:
+    """kernels, engine, leapalign and bench: what a folder needs lies below it, and what needs it above."""
+    files = modules()
+    rooms: dict[str, set[str]] = {}
+    for name, targets in import_graph(files).items():
+        here = room(name, files[name])
+        rooms.setdefault(here, set()).update(
+            room(each, files[each]) for each in targets if room(each, files[each]) != here
+        )
+    assert len(rooms) > 20, "the rooms were not found"
+    assert not circles(rooms)
+
+
+def test_a_circle_is_found() -> None:
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": set()})
+    assert not circles({"a": {"b", "c"}, "b": {"c"}, "c": set()})
+
+
+def test_no_folder_is_crowded() -> None:
+    folders = Counter(path.parent.relative_to(ROOT).as_posix() for path in tracked_files() if path.suffix in CODE)
+    assert not {folder: count for folder, count in folders.items() if count > MOST_FILES}
+
+
+def test_no_file_is_long() -> None:
+    lengths = {
+        path.relative_to(ROOT).as_posix(): len(path.read_text(encoding="utf-8").splitlines())
+        for path in tracked_files()
+        if path.suffix in CODE
+    }
+    assert not {name: lines for name, lines in lengths.items() if lines > MOST_LINES}
+
+
+def test_every_room_says_what_lives_there() -> None:
+    """The __init__ of a package begins with a sentence, and bench/README.md has a line for each of its folders."""
+    packages = {path.parent for path in modules().values()} - {ROOT / name for name in FOLDERS}
+    for folder in sorted(packages):
+        if folder.is_relative_to(ROOT / "bench"):
+            assert f"`{folder.relative_to(ROOT / 'bench').as_posix()}/`" in (ROOT / "bench" / "README.md").read_text()
+        else:
+            assert ast.get_docstring(ast.parse((folder / "__init__.py").read_text(encoding="utf-8"))), folder
+
+
+def test_a_family_is_named_in_its_own_room_alone() -> None:
+    """No diffusers class of a model family outside leapalign/families, engine/backbones and messages about them."""
+    named = re.compile(r"\b(?:Flux|SD3|StableDiffusion3)\w*(?:Pipeline|Transformer2DModel)\b")
+    found = []
+    for path in sources("leapalign"):
+        inner = path.relative_to(ROOT / "leapalign").parts[0]
+        if path.suffix != ".py" or inner in ("families", "zoo"):
+            continue
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        docs = {ast.get_docstring(node, clean=False) for node in ast.walk(tree) if isinstance(node, DOCUMENTED)}
+        for node in ast.walk(tree):
+            text = node.id if isinstance(node, ast.Name) else node.value if isinstance(node, ast.Constant) else ""
+            if isinstance(text, str) and text not in docs and named.search(text):
+                found.append(f"{path.relative_to(ROOT)}:{node.lineno}: {text}")
+    assert not found
 
 
 def test_engine_and_kernels_are_namespaces() -> None:

@@ -35,13 +35,13 @@ from leapalign.engine.backbones.modulation import OuterProduct
 from leapalign.engine.model import StreamedModel
 from leapalign.engine.optimizer.adamw8bit import AdamW8bit
 from leapalign.engine.plan import MemoryPlan
+from leapalign.gradients import alignment_gradients
 from leapalign.kernels.adamw8bit import definition as adamw8bit
 from leapalign.kernels.adamw8bit import host as host_adamw8bit
 from leapalign.kernels.adamw8bit.definition import Hyper
 from leapalign.kernels.adamw8bit.device import expand, update_outer, update_triton
 from leapalign.kernels.adamw8bit.quantize import blocks_of
 from leapalign.method.draws import draw_noise, draw_pairs
-from leapalign.method.gradients import alignment_gradients
 from leapalign.method.leapalign import LeapAlign
 
 Row = dict[str, Any]  # "key", "passed", and what was found

@@ -21,7 +21,8 @@ from bench.memory import trajectory
 from bench.memory.simulate import SEED, Simulated, Workload, simulate
 from leapalign.engine.plan import MemoryPlan
 from leapalign.engine.planning.workload import Budget
-from leapalign.families.published import FLUX1_DEV, SD35_MEDIUM
+from leapalign.families.flux import FLUX1_DEV
+from leapalign.families.sd3 import SD35_MEDIUM
 
 SUMMARY = "device memory of one step on the real model's shapes, and against trajectory length"
 ARCHITECTURES: Mapping[str, Mapping[str, Any]] = {"flux1_dev": FLUX1_DEV, "sd35_medium": SD35_MEDIUM}

@@ -30,7 +30,7 @@ from leapalign.engine.model import StreamedModel
 from leapalign.engine.optimizer.adamw8bit import AdamW8bit
 from leapalign.engine.passes.autograd import GRAD
 from leapalign.engine.plan import MemoryPlan
-from leapalign.families.published import FLUX1_DEV
+from leapalign.families.flux import FLUX1_DEV
 
 SUMMARY = "bytes a parameter that optimizers keep, ours beside bitsandbytes, torchao, FlashOptim and torch"
 _WIDTH = FLUX1_DEV["num_attention_heads"] * FLUX1_DEV["attention_head_dim"]

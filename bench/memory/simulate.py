@@ -28,7 +28,7 @@ from leapalign.engine.planning.workload import PATCH, Budget, Machine
 from leapalign.engine.streaming.gradients import GradientDictionary
 from leapalign.engine.streaming.partition import default_dtype
 from leapalign.executors.streamed import streamed_rollout, streamed_vjps
-from leapalign.families.published import FLUX1_DEV
+from leapalign.families.flux import FLUX1_DEV
 from leapalign.method.surrogates import Leg, Surrogate
 
 SEED = 0  # of the steps that are differentiated

@@ -24,7 +24,8 @@ from bench.memory.simulate import SEED, Workload
 from bench.memory.trajectory_measured import allocated, measure
 from bench.memory.trajectory_points import ENGINE, METHODS, count, exists
 from leapalign.engine.plan import MemoryPlan
-from leapalign.families.published import FLUX1_DEV, SD35_MEDIUM
+from leapalign.families.flux import FLUX1_DEV
+from leapalign.families.sd3 import SD35_MEDIUM
 
 Point = Callable[[Workload, str], Mapping[str, float]]
 

@@ -20,10 +20,12 @@ from torch import Tensor, nn
 from leapalign.engine.memory.store import BlockStore
 from leapalign.engine.planning.workload import RewardLoad
 from leapalign.engine.streaming.partition import default_dtype
-from leapalign.families.published import CLIPS, FLUX1_DEV, VAE
+from leapalign.families.autoencoder import PUBLISHED as VAE
+from leapalign.families.flux import FLUX1_DEV
 from leapalign.planning.reward_loads import count_reward
 from leapalign.rewards import RewardModel
-from leapalign.rewards.clip import PICKSCORE, ClipReward
+from leapalign.rewards.clip import ClipReward
+from leapalign.rewards.pickscore import PUBLISHED as PICKSCORE_TOWER
 from leapalign.zoo.shapes import PIPELINE_FOLDER
 from leapalign.zoo.shapes.reward import load_shapes_reward
 
@@ -84,7 +86,7 @@ def shapes() -> Sizes:
 
 def flux1_dev() -> Sizes:
     """FLUX.1-dev with its VAE and a reward of PickScore's size (CLIP ViT-H/14): 11.9, 0.08 and 0.99 billion."""
-    clip = {"text_config": _VIT_H_TEXT, "vision_config": dict(CLIPS[PICKSCORE].vision), "projection_dim": 1024}
+    clip = {"text_config": _VIT_H_TEXT, "vision_config": dict(PICKSCORE_TOWER.vision), "projection_dim": 1024}
     scheduler = {"shift": 3.0, "use_dynamic_shifting": True}
     vae = {**VAE, "scaling_factor": 0.3611, "shift_factor": 0.1159}
     return Sizes(FLUX1_DEV, vae, scheduler, clip, 512, resolution=512, batch=8, steps=25)

@@ -32,8 +32,8 @@ from leapalign.engine.planning.planner import Planner
 from leapalign.engine.planning.workload import DEVICE_BASE, Budget, Machine, Workload
 from leapalign.engine.streaming.partition import meta_transformer
 from leapalign.families.pipeline import FlowPipeline
+from leapalign.gradients import alignment_gradients
 from leapalign.method.draws import draw_noise, draw_pairs
-from leapalign.method.gradients import alignment_gradients
 from leapalign.method.leapalign import LeapAlign
 from leapalign.method.task import timed
 from leapalign.planning.workload import SLACK

@@ -31,12 +31,12 @@ from leapalign.engine.model import StreamedModel
 from leapalign.engine.optimizer.adamw8bit import AdamW8bit
 from leapalign.engine.plan import MemoryPlan
 from leapalign.engine.streaming.gradients import Sink
-from leapalign.evaluation.sampling import prompt_store
 from leapalign.families.pipeline import load_pipeline
+from leapalign.gradients import alignment_gradients
 from leapalign.method.draws import draw_noise, draw_pairs, draw_prompts
-from leapalign.method.gradients import alignment_gradients
 from leapalign.method.leapalign import LeapAlign
-from leapalign.rewards import LatentReward, RewardModel, load_reward
+from leapalign.planning.configured import configured_reward, prompt_store
+from leapalign.rewards import LatentReward, RewardModel
 
 SUMMARY = "bits and distances of the weights after 50 steps, with one decision of the plan changed at a time"
 
@@ -256,7 +256,7 @@ def shapes() -> Task:
     """The embedded default with 8 of its prompts."""
     config = load_config("shapes", ["--device", "cpu"])
     prompts = [prompt.text for prompt in load_prompts(config.train_prompts, key="train_prompts")][:8]
-    return Task("shapes", prompts, prompt_store(config, prompts), load_reward(config), config.resolution)
+    return Task("shapes", prompts, prompt_store(config, prompts), configured_reward(config), config.resolution)
 
 
 def _places(task: Task, steps: int) -> dict[str, int]:

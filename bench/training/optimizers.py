@@ -28,12 +28,12 @@ from bench.training.optimizer_steps import Settings, Step
 from leapalign.config.keys import AlignConfig
 from leapalign.config.loading import load_config
 from leapalign.data.prompts import load_prompts
-from leapalign.evaluation.sampling import prompt_store
 from leapalign.families.pipeline import FlowPipeline, load_pipeline
+from leapalign.gradients import alignment_gradients
 from leapalign.method.draws import draw_noise, draw_pairs, draw_prompts
-from leapalign.method.gradients import alignment_gradients
 from leapalign.method.leapalign import LeapAlign
-from leapalign.rewards import LatentReward, load_reward
+from leapalign.planning.configured import configured_reward, prompt_store
+from leapalign.rewards import LatentReward
 
 SUMMARY = "reward curves of 8-bit AdamW with stochastic rounding beside float32 and round-to-nearest"
 
@@ -76,7 +76,7 @@ def curve(name: str, seed: int, options: argparse.Namespace) -> list[float]:
     prompts = [prompt.text for prompt in load_prompts(config.train_prompts, key="train_prompts")]
     texts = [prompts[index] for index in draw_prompts(seed, 0, options.batch, len(prompts))]
     pipeline = load_pipeline(config.pretrained_model_name_or_path)
-    reward = LatentReward(pipeline, load_reward(config), texts)
+    reward = LatentReward(pipeline, configured_reward(config), texts)
     embeds = prompt_store(config, texts).batch(texts)
     with torch.no_grad():
         for parameter in pipeline.transformer.parameters():

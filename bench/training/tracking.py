@@ -25,10 +25,11 @@ from bench import record
 from bench.training import optimizer_steps
 from bench.training.optimizer_steps import Settings, Step
 from leapalign.data.embeddings import embed_prompts
-from leapalign.families.pipeline import load_pipeline, resolve_model
+from leapalign.families.pipeline import load_pipeline
+from leapalign.families.source import resolve_model
+from leapalign.zoo.shapes.pretraining.train_flow import pack
 from leapalign.zoo.shapes.prompts import sample_specs
 from leapalign.zoo.shapes.scenes import render, sample_scenes
-from leapalign.zoo.shapes.train_flow import pack
 
 SUMMARY = "8-bit AdamW over 1,000 steps of flow matching, beside float32 and bitsandbytes"
 RESOLUTION = 32

@@ -8,27 +8,21 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, NoReturn
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn, Protocol
 
-from leapalign import __version__
+from leapalign import __version__, extensions
+from leapalign.commands import COMMANDS
+from leapalign.commands.codes import DONE, FAILED, USAGE
 from leapalign.config.keys import SECTIONS, kind
 from leapalign.config.loading import (
     PRESETS,
-    AlignConfig,
-    check_output_dir,
     load_config,
     nearest,
     preset_names,
     split_overrides,
 )
-from leapalign.data.prompts import load_prompts
 from leapalign.errors import UsageError
-
-DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 3
-MOST_SECONDS = 60  # of a measurement of `doctor`: beyond, nothing is more certain
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -66,7 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(words: list[str]) -> int:
-    parser = _parser()
+    commands = _commands()
+    parser = _parser(commands)
     if not words:
         parser.print_help(sys.stderr)
         return USAGE
@@ -75,194 +70,40 @@ def _run(words: list[str]) -> int:
         parser.parse_args([command])
     if command.startswith("-"):
         raise UsageError(f"'{command}' stands before the command; write leapalign COMMAND CONFIG {command}")
-    if command not in _COMMANDS:
+    if command not in commands:
         raise UsageError(
-            f"unknown command '{command}'; the nearest is '{nearest(command, _COMMANDS)}' ({', '.join(_COMMANDS)})"
+            f"unknown command '{command}'; the nearest is '{nearest(command, commands)}' ({', '.join(commands)})"
         )
-    if not _COMMANDS[command].takes_config:
-        return _COMMANDS[command].run(parser.parse_args([command, *rest]))
-    others, overrides = split_overrides(rest, reserved=["help", *_COMMANDS[command].options])
+    chosen = commands[command]
+    if not chosen.TAKES_CONFIG:
+        return chosen.run(parser.parse_args([command, *rest]))
+    others, overrides = split_overrides(rest, reserved=["help", *chosen.OPTIONS])
     options = parser.parse_args([command, *others])
     if options.config is None:
         raise UsageError(f"{command} needs a CONFIG: a preset ({', '.join(preset_names())}) or a YAML file")
-    return _COMMANDS[command].run(options, load_config(options.config, overrides))
+    return chosen.run(options, load_config(options.config, overrides))
 
 
-def _align(_: argparse.Namespace, config: AlignConfig) -> int:
-    checkpoint = check_output_dir(config)
-    load_prompts(config.train_prompts, key="train_prompts")
-    if config.validation_prompts is not None:
-        load_prompts(config.validation_prompts, key="validation_prompts")
-    _load_libraries(config)
-    if config.resume_from_checkpoint:
-        start = f"going on from {checkpoint}" if checkpoint else "its run has no checkpoint yet; starting at step 0"
-        print(f"leapalign: {config.output_dir}: {start}", file=sys.stderr)
-    from leapalign.run.trainer import Trainer
+class Command(Protocol):
+    """A module in leapalign/commands/.
 
-    outcome = Trainer(config).run()
-    print(outcome.summary)
-    if not outcome.interrupted:
-        return DONE
-    print(f"leapalign: interrupted; go on with:\n  {outcome.resume_command}", file=sys.stderr)
-    return INTERRUPTED
-
-
-def _plan(options: argparse.Namespace, config: AlignConfig) -> int:
-    _quiet()
-    from leapalign.commands.plan import plan_command
-    from leapalign.engine.planning.workload import Machine
-
-    result = plan_command(config, Machine.read(options.machine) if options.machine else Machine())
-    text = result.pop("table")
-    print(json.dumps(result, indent=2) if options.json else text)
-    return DONE
-
-
-def _sample(options: argparse.Namespace, config: AlignConfig) -> int:
-    if not options.prompt:
-        raise UsageError("sample needs a prompt: --prompt TEXT, repeated for more")
-    prompts = [prompt.text for prompt in load_prompts(options.prompt, key="--prompt")]
-    output = Path(options.output)
-    if output.suffix.lower() != ".png":
-        raise UsageError(f"--output '{output}' must end in .png")
-    if not output.parent.is_dir():
-        raise UsageError(f"--output '{output}': folder '{output.parent}' does not exist")
-    if options.num_images < 1:
-        raise UsageError(f"--num_images {options.num_images}: give 1 or more")
-    transformer = _transformer_folder(options.transformer)
-    _load_libraries(config)
-    from leapalign.evaluation.sampling import sample_command
-
-    print(sample_command(config, transformer, prompts, output, num_images=options.num_images))
-    return DONE
-
-
-def _evaluate(options: argparse.Namespace, config: AlignConfig) -> int:
-    if options.prompts is None:
-        prompts = load_prompts(config.validation_prompts, key="validation_prompts")
-    else:
-        prompts = load_prompts(options.prompts, key="--prompts")
-    transformer = _transformer_folder(options.transformer)
-    _load_libraries(config)
-    from leapalign.evaluation.scores import evaluate_command
-
-    result = evaluate_command(config, transformer, prompts)
-    table = result.pop("table")
-    print(json.dumps(result, indent=2) if options.json else table)
-    return DONE
-
-
-def _embed(_: argparse.Namespace, config: AlignConfig) -> int:
-    prompts = load_prompts(config.train_prompts, key="train_prompts")
-    if config.validation_prompts is not None:
-        prompts += load_prompts(config.validation_prompts, key="validation_prompts")
-    texts = list(dict.fromkeys(prompt.text for prompt in prompts))
-    _load_libraries(config)
-    from leapalign.evaluation.sampling import prompt_store
-
-    store = prompt_store(config, texts)
-    print(f"{len(texts)} prompts: {store.encoded} encoded now, {len(texts) - store.encoded} cached; {store.folder}")
-    return DONE
-
-
-def _doctor(options: argparse.Namespace) -> int:
-    seconds, output = options.seconds, options.output and Path(options.output)
-    if not 0 < seconds <= MOST_SECONDS:  # nan is neither
-        raise UsageError(f"--seconds {seconds}: give more than 0 and at most {MOST_SECONDS}")
-    if output and (output.suffix != ".json" or not output.parent.is_dir()):
-        raise UsageError(f"--output '{output}': give a file NAME.json in a folder that exists")
-    _quiet()
-    print("leapalign: measuring this machine and planning every preset for it", file=sys.stderr)
-    from leapalign.doctor.examination import doctor_command
-
-    result = doctor_command(seconds)
-    table, text = result.pop("table"), json.dumps(result, indent=2)
-    if output:
-        output.write_text(text + "\n", encoding="utf-8")
-    print(text if options.json else table)
-    return DONE
-
-
-@dataclass(frozen=True)
-class _Command:
-    """A command: its function, what it does, and its own options.
-
-    With a config every other option is one of the config's keys, and the function is given both.
+    Attributes:
+        TEXT: what it does, for --help.
+        OPTIONS: {option without dashes: arguments of argparse}; with a config every other option is one of its keys.
+        TAKES_CONFIG: whether CONFIG follows, which `run` is then given after the options.
+        run: checks arguments, does the work, prints; returns the exit code.
     """
 
+    TEXT: str
+    OPTIONS: dict[str, dict[str, Any]]
+    TAKES_CONFIG: bool
     run: Callable[..., int]
-    text: str
-    options: dict[str, dict[str, Any]] = field(default_factory=dict)
-    takes_config: bool = True
 
 
-_TRANSFORMER: dict[str, Any] = {
-    "metavar": "DIR",
-    "help": "aligned transformer: a transformer/ folder, a run or a checkpoint (default: the pipeline's own)",
-}
-_COMMANDS = {
-    "align": _Command(_align, "align all parameters of a pipeline's transformer with a reward"),
-    "plan": _Command(
-        _plan,
-        "say what a run would hold, move and take, phase by phase, within --vram and --ram (default: no limit), "
-        "from the shapes of its models alone",
-        {
-            "machine": {
-                "metavar": "FILE",
-                "help": "rates of the machine: what `leapalign doctor --output FILE` wrote, or JSON with flops_per_s, "
-                "h2d_bytes_per_s and so on (default: an RTX 4090 on PCIe 4.0 x16)",
-            },
-            "json": {"action": "store_true", "help": "print JSON instead of a table"},
-        },
-    ),
-    "sample": _Command(
-        _sample,
-        "draw pictures for prompts into one PNG, a row for each prompt",
-        {
-            "prompt": {
-                "metavar": "TEXT",
-                "action": "append",
-                "help": "a prompt; repeat for more",
-            },
-            "transformer": _TRANSFORMER,
-            "output": {"metavar": "FILE", "default": "sample.png", "help": "PNG to write (default: %(default)s)"},
-            "num_images": {
-                "metavar": "N",
-                "type": int,
-                "default": 4,
-                "help": "pictures for each prompt (default: %(default)s)",
-            },
-        },
-    ),
-    "evaluate": _Command(
-        _evaluate,
-        "score a transformer on held-out prompts: reward, and accuracy where a checker knows the scene",
-        {
-            "transformer": _TRANSFORMER,
-            "prompts": {
-                "metavar": "SRC",
-                "help": ".txt, .jsonl, shapes:validation or a data set id (default: validation_prompts)",
-            },
-            "json": {"action": "store_true", "help": "print JSON instead of a table"},
-        },
-    ),
-    "embed": _Command(_embed, "compute and cache the prompt embeddings of a config, nothing else"),
-    "doctor": _Command(
-        _doctor,
-        "measure this machine, say which presets fit and what will hurt",
-        {
-            "json": {"action": "store_true", "help": "print JSON instead of a table"},
-            "output": {"metavar": "FILE", "help": "write the JSON there, too: `leapalign plan --machine` reads it"},
-            "seconds": {
-                "metavar": "S",
-                "type": float,
-                "default": 0.5,
-                "help": "of each measurement (default: %(default)s)",
-            },
-        },
-        takes_config=False,
-    ),
-}
+def _commands() -> dict[str, Command]:
+    """All commands by name, in the order of --help. Their modules load torch only when they run."""
+    names = extensions.names("commands", COMMANDS)
+    return {name: extensions.load("commands", COMMANDS, name, key="command") for name in names}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -270,7 +111,7 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(f"{message} (see `{self.prog} --help`)")
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(known: Mapping[str, Command]) -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     width = max(map(len, preset_names())) + 2
     presets = "\n".join(f"  {name:<{width}}{_first_comment(name)}" for name in preset_names())
@@ -285,20 +126,20 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"leapalign {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command")
-    for name, command in _COMMANDS.items():
+    for name, command in known.items():
         sub = commands.add_parser(
             name,
-            help=command.text,
-            description=f"{command.text[0].upper()}{command.text[1:]}.",
-            usage=f"leapalign {name} CONFIG [--key value ...]" if command.takes_config else None,
+            help=command.TEXT,
+            description=f"{command.TEXT[0].upper()}{command.TEXT[1:]}.",
+            usage=f"leapalign {name} CONFIG [--key value ...]" if command.TAKES_CONFIG else None,
             epilog="Every key that `leapalign align --help` lists can be given here too."
-            if command.takes_config and name != "align"
+            if command.TAKES_CONFIG and name != "align"
             else None,
             allow_abbrev=False,
         )
-        if command.takes_config:
+        if command.TAKES_CONFIG:
             sub.add_argument("config", metavar="CONFIG", nargs="?", help="a preset's name or a YAML file")
-        for option, details in command.options.items():
+        for option, details in command.OPTIONS.items():
             sub.add_argument(f"--{option}", **details)
         if name == "align":
             _list_keys(sub)
@@ -323,38 +164,6 @@ def _shown(value: Any) -> str:
 
 def _first_comment(preset: str) -> str:
     return (PRESETS / f"{preset}.yaml").read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ")
-
-
-def _transformer_folder(name: str | None) -> Path | None:
-    """`name`, or the transformer/ in it; None for the pipeline's own transformer."""
-    if name is None:
-        return None
-    for folder in (Path(name), Path(name) / "transformer"):
-        if (folder / "config.json").is_file():
-            return folder
-    raise UsageError(f"--transformer '{name}' holds no transformer (config.json); name a run's transformer/ folder")
-
-
-def _quiet() -> None:
-    """No notices of transformers and diffusers; the environment's own TRANSFORMERS_VERBOSITY and the like win."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-
-
-def _load_libraries(config: AlignConfig) -> None:
-    """Load torch, transformers and diffusers, without their notices and loading bars, and find model and device."""
-    _quiet()
-    # Torch reads this when it is loaded. Segments that grow leave no gaps between tensors of many sizes.
-    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-    from leapalign.families.pipeline import resolve_device, resolve_model
-
-    resolve_model(config.pretrained_model_name_or_path)
-    resolve_device(config.device)
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    diffusers_logging.disable_progress_bar()
-    transformers_logging.disable_progress_bar()
 
 
 def _complain(message: str) -> None:

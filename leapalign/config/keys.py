@@ -22,6 +22,7 @@ from pydantic import (
 )
 
 from leapalign.engine.memory.sizes import parse_bytes
+from leapalign.extensions import names
 
 
 class _Section(BaseModel):
@@ -39,7 +40,7 @@ class ModelKeys(_Section):
     """Model"""
 
     pretrained_model_name_or_path: str = Field(min_length=1)
-    """FLUX pipeline in the diffusers layout: 'shapes' (packaged), a local folder or a hub id such as owner/name."""
+    """Pipeline in the diffusers layout: 'shapes' (packaged), a local folder or a hub id such as owner/name."""
     device: str = Field(
         "auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", examples=["auto", "cpu", "mps", "cuda", "cuda:1"]
     )
@@ -82,8 +83,8 @@ class MethodKeys(_Section):
     """Euler steps of the training rollout; two of them are the leaps, so 2 or more."""
     guidance_scale: NonNegativeFloat = 3.5
     """Guidance given to the transformer (FLUX.1-dev's embedded guidance)."""
-    reward: Literal["shapes", "pickscore", "clipscore"] = "pickscore"
-    """Differentiable reward: shapes (packaged, for the shapes pipeline), pickscore or clipscore."""
+    reward: str = Field("pickscore", examples=["shapes", "pickscore", "clipscore"])
+    """Differentiable reward: shapes (packaged, for the shapes pipeline), pickscore, clipscore, or module:name."""
     reward_model_name_or_path: str | None = None
     """Folder or hub id of the reward's CLIP model; null takes the published one."""
     alpha: float = Field(0.3, ge=0, le=1)
@@ -204,6 +205,14 @@ class AlignConfig(ValidationKeys, OutputKeys, OptimizerKeys, MethodKeys, DataKey
     @classmethod
     def _home(cls, value: str | None) -> str | None:
         return str(Path(value).expanduser()) if value and value.startswith("~") else value
+
+    @field_validator("reward")
+    @classmethod
+    def _known_reward(cls, value: str) -> str:
+        known = names("rewards", dict.fromkeys(_schema()["reward"]["examples"], ""))
+        if value not in known and ":" not in value:
+            raise ValueError(f"reward = {value!r}: expected one of {', '.join(known)}, or module:name")
+        return value
 
     @field_validator("report_to", mode="before")
     @classmethod

@@ -1,4 +1,4 @@
-"""Prompt embeddings of a FLUX pipeline's two text encoders: computed once, cached on disk, read row by row.
+"""Prompt embeddings of a pipeline's text encoders: computed once, cached on disk, read row by row.
 
 T5-XXL needs 9.5 GB in bfloat16, so the encoders are loaded alone, used, and freed before the run begins. An embedding
 of 512 tokens is 4 MiB in bfloat16; 10,000 of them (40 GB) stay in the files and only a batch is ever in memory.
@@ -31,6 +31,8 @@ from torch import Tensor
 
 from leapalign.engine.memory.sizes import spell_bytes
 from leapalign.errors import UsageError
+from leapalign.families.protocol import Family, PromptEncoder
+from leapalign.families.source import family_of
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +42,6 @@ SHARD_PROMPTS = 4096  # keeps the header, which is read when a store is opened, 
 HASH_WHOLE_BELOW = 64 * MIB  # larger files: size, time of change and both ends
 TOKENS_A_BATCH = 4096
 ENCODING_BYTES = 2 * 2**30  # of the device, beside the encoders' weights: its context, and the activations of a batch
-_ENCODERS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,8 @@ class EmbeddingStore:
         """Read the embeddings of `prompts`, repeats allowed.
 
         Returns:
-            encoder_hidden_states (B, max_sequence_length, D_t5) and pooled_projections (B, D_clip), on the CPU in
-            the dtype in which they were encoded.
+            {name: (B, ...)} as the family's encoder named them (FLUX: encoder_hidden_states (B, max_sequence_length,
+            D_t5) and pooled_projections (B, D_clip)), on the CPU in the dtype in which they were encoded.
 
         Raises:
             ValueError: a prompt that was not among those given to `embed_prompts` and is not cached.
@@ -70,7 +71,7 @@ class EmbeddingStore:
         unknown = [prompt for prompt in prompts if prompt not in self.rows]
         if unknown:
             raise ValueError(f"prompt {unknown[0]!r} has no embedding; give it to embed_prompts first")
-        names = ("encoder_hidden_states", "pooled_projections")
+        names = list(self.rows[prompts[0]][0].keys()) if prompts else []
         return {name: torch.cat([_row(*self.rows[prompt], name) for prompt in prompts]) for name in names}
 
 
@@ -84,13 +85,13 @@ def embed_prompts(
     device_bytes: float = math.inf,
     dtype: torch.dtype = torch.float32,
 ) -> EmbeddingStore:
-    """T5 and CLIP embeddings of the distinct `prompts`; those in the cache are not computed again.
+    """Text embeddings of the distinct `prompts`; those in the cache are not computed again.
 
     Args:
-        pipeline_path: FLUX pipeline in the diffusers layout (folder or hub id); only its text encoders and
+        pipeline_path: pipeline in the diffusers layout (folder or hub id); only its text encoders and
             tokenizers are read.
         prompts: any number, repeats allowed.
-        max_sequence_length: tokens of the T5 embedding; longer prompts are cut, with a warning.
+        max_sequence_length: tokens of an embedding; longer prompts are cut, with a warning.
         cache_dir: folder of the cache; None: $LEAPALIGN_CACHE, else leapalign/ in $XDG_CACHE_HOME or ~/.cache.
         device, dtype: where and in which precision the encoders run; the embeddings are kept in `dtype`.
         device_bytes: of the device that may be taken; encoders that need more run on the CPU, with a warning.
@@ -98,9 +99,10 @@ def embed_prompts(
     Raises:
         UsageError: no text encoders there, or a damaged file in the cache.
     """
-    source = _encoder_folder(pipeline_path)
+    family = family_of(Path(pipeline_path) if Path(pipeline_path).is_dir() else str(pipeline_path))
+    source = _encoder_folder(pipeline_path, family)
     settings = {
-        "encoders": _fingerprint(source),
+        "encoders": _fingerprint(source, family.encoders),
         "max_sequence_length": max_sequence_length,
         "dtype": str(dtype).removeprefix("torch."),
         "transformers": metadata.version("transformers"),  # tokenizers have changed between releases
@@ -112,7 +114,7 @@ def embed_prompts(
     missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in cached]
     if not missing:
         return EmbeddingStore(folder, cached, encoded=0)
-    _encode(source, missing, folder, max_sequence_length, torch.device(device), device_bytes, dtype)
+    _encode(family, source, missing, folder, max_sequence_length, torch.device(device), device_bytes, dtype)
     return EmbeddingStore(folder, _open_files(folder), encoded=len(missing))
 
 
@@ -126,39 +128,30 @@ def cache_folder(cache_dir: str | Path | None = None) -> Path:
 
 
 def _encode(
-    source: Path, prompts: list[str], folder: Path, length: int, device: torch.device, device_bytes: float,
-    dtype: torch.dtype,
+    family: Family, source: Path, prompts: list[str], folder: Path, length: int, device: torch.device,
+    device_bytes: float, dtype: torch.dtype,
 ) -> None:  # fmt: skip
     """Encode `prompts` and add them to `folder`, a file for every SHARD_BYTES."""
-    from diffusers import FluxPipeline
-    from transformers import CLIPTextModel, T5EncoderModel
-
-    # In the file's own dtype the weights stay mapped from disk: the host needs no copy of them beside the device's.
-    clip = CLIPTextModel.from_pretrained(source / "text_encoder", dtype=dtype)
-    t5 = T5EncoderModel.from_pretrained(source / "text_encoder_2", dtype=dtype)
-    device = place(device, device_bytes, sum(weight.nbytes for model in (clip, t5) for weight in model.parameters()))
-    clip, t5 = clip.to(device), t5.to(device)
-    pipeline = FluxPipeline.from_pretrained(source, text_encoder=clip, text_encoder_2=t5, transformer=None, vae=None)
-    _warn_of_cuts(pipeline.tokenizer_2, prompts, length)
+    encoder = family.load_encoder(source, dtype)
+    device = place(device, device_bytes, encoder.weight_bytes)
+    encoder.to(device)
+    _warn_of_cuts(encoder, prompts, length)
     done: list[str] = []
-    hidden: list[Tensor] = []  # (n, length, D_t5) each
-    pooled: list[Tensor] = []  # (n, D_clip) each
+    rows: list[dict[str, Tensor]] = []  # {name: (n, ...)} each
     try:
         size = max(1, TOKENS_A_BATCH // length)
         for batch in _with_progress(prompts, size):
             full = batch + batch[-1:] * (size - len(batch))  # one shape: no embedding depends on its batch's size
-            with torch.no_grad():
-                embeds, pool, _ = pipeline.encode_prompt(full, device=device, max_sequence_length=length)
+            found = encoder.encode(full, length)
             done += batch
-            hidden.append(embeds[: len(batch)].cpu())
-            pooled.append(pool[: len(batch)].cpu())
-            if sum(part.nbytes for part in hidden) >= SHARD_BYTES or len(done) >= SHARD_PROMPTS:
-                _write(folder, done, hidden, pooled)
-                done, hidden, pooled = [], [], []
+            rows.append({name: value[: len(batch)].cpu() for name, value in found.items()})
+            if sum(value.nbytes for row in rows for value in row.values()) >= SHARD_BYTES or len(done) >= SHARD_PROMPTS:
+                _write(folder, done, rows)
+                done, rows = [], []
         if done:
-            _write(folder, done, hidden, pooled)
+            _write(folder, done, rows)
     finally:
-        del pipeline, clip, t5
+        del encoder
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
@@ -177,13 +170,13 @@ def place(device: torch.device, device_bytes: float, weight_bytes: int) -> torch
     return torch.device("cpu")
 
 
-def _write(folder: Path, prompts: list[str], hidden: list[Tensor], pooled: list[Tensor]) -> None:
+def _write(folder: Path, prompts: list[str], rows: list[dict[str, Tensor]]) -> None:
     """One file, whole or not at all: written beside its place and renamed."""
     listing = json.dumps(prompts)
     folder.mkdir(parents=True, exist_ok=True)
     part = folder / f".{uuid.uuid4().hex}.part"
     try:
-        tensors = {"encoder_hidden_states": torch.cat(hidden), "pooled_projections": torch.cat(pooled)}
+        tensors = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
         save_file(tensors, part, metadata={"prompts": listing})
         os.replace(part, folder / f"{hashlib.sha256(listing.encode()).hexdigest()[:32]}.safetensors")
     finally:
@@ -207,13 +200,13 @@ def _row(file: Any, row: int, name: str) -> Tensor:
     return file.get_slice(name)[row : row + 1]
 
 
-def _encoder_folder(pipeline_path: str | Path) -> Path:
+def _encoder_folder(pipeline_path: str | Path, family: Family) -> Path:
     """The local folder of the text encoders and tokenizers; from the hub only these are fetched."""
     folder = Path(pipeline_path)
     if not folder.is_dir():
         from huggingface_hub import snapshot_download
 
-        wanted = ["model_index.json", "scheduler/*", *(f"{name}/*" for name in _ENCODERS)]
+        wanted = ["model_index.json", "scheduler/*", *(f"{name}/*" for name in family.encoders)]
         try:
             folder = Path(snapshot_download(str(pipeline_path), allow_patterns=wanted))
         except (OSError, ValueError) as error:
@@ -221,19 +214,19 @@ def _encoder_folder(pipeline_path: str | Path) -> Path:
             raise UsageError(
                 f"pretrained_model_name_or_path = '{pipeline_path}' is no folder and could not be fetched: {reason}"
             ) from None
-    absent = [name for name in _ENCODERS if not (folder / name).is_dir()]
+    absent = [name for name in family.encoders if not (folder / name).is_dir()]
     if absent:
         raise UsageError(
             f"pretrained_model_name_or_path = '{pipeline_path}' has no {absent[0]}/; "
-            "it must be a FLUX pipeline in the diffusers layout"
+            f"it must be a {family.name.upper()} pipeline in the diffusers layout"
         )
     return folder
 
 
-def _fingerprint(source: Path) -> str:
+def _fingerprint(source: Path, encoders: Sequence[str]) -> str:
     """sha256 over the encoders' and tokenizers' files: their contents, or for large ones size, time and both ends."""
     digest = hashlib.sha256()
-    for path in sorted(path for name in _ENCODERS for path in (source / name).rglob("*") if path.is_file()):
+    for path in sorted(path for name in encoders for path in (source / name).rglob("*") if path.is_file()):
         size = path.stat().st_size
         digest.update(f"{path.relative_to(source)} {size}\n".encode())
         with path.open("rb") as file:
@@ -246,8 +239,8 @@ def _fingerprint(source: Path) -> str:
     return digest.hexdigest()
 
 
-def _warn_of_cuts(tokenizer: Any, prompts: list[str], length: int) -> None:
-    cut = [prompt for prompt, ids in zip(prompts, tokenizer(prompts).input_ids, strict=True) if len(ids) > length]
+def _warn_of_cuts(encoder: PromptEncoder, prompts: list[str], length: int) -> None:
+    cut = [prompt for prompt, tokens in zip(prompts, encoder.lengths(prompts), strict=True) if tokens > length]
     if cut:
         log.warning(
             "%d of %d prompts exceed max_sequence_length = %d and are cut: %r", len(cut), len(prompts), length, cut[0]

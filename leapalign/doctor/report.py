@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from leapalign.engine.memory.sizes import spell_bytes
 
 if TYPE_CHECKING:
-    from leapalign.doctor.examination import Examination, Rates
+    from leapalign.doctor.findings import Examination, Rates
 
 UNKNOWN = "not told"
 MEASURED = ("flops_per_s", "h2d_bytes_per_s", "d2h_bytes_per_s", "host_bytes_per_s")

@@ -9,26 +9,10 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from leapalign.config.keys import AlignConfig
-from leapalign.data.embeddings import EmbeddingStore, embed_prompts
 from leapalign.evaluation.pictures import GAP, PAPER, SMALLEST_TILE, tile, to_image
-from leapalign.evaluation.scores import batch_size, embedding_dtype, generate
-from leapalign.families.pipeline import configured_pipeline, resolve_device, resolve_model
+from leapalign.evaluation.scores import batch_size, generate
 from leapalign.method.draws import draw_noise
-from leapalign.planning.workload import run_budget
-
-
-def prompt_store(config: AlignConfig, prompts: Sequence[str]) -> EmbeddingStore:
-    """The embeddings of `prompts` under the config's pipeline, cache, device and precision."""
-    device = resolve_device(config.device)
-    return embed_prompts(
-        resolve_model(config.pretrained_model_name_or_path),
-        prompts,
-        max_sequence_length=config.max_sequence_length,
-        cache_dir=config.cache_dir,
-        device=device,
-        device_bytes=run_budget(config, device)[0].device_bytes,
-        dtype=embedding_dtype(config),
-    )
+from leapalign.planning.configured import configured_pipeline, prompt_store
 
 
 def sample_command(

@@ -20,10 +20,11 @@ from leapalign.engine.backbones.velocity import microbatches
 from leapalign.engine.model import StreamedModel
 from leapalign.evaluation.metrics import Estimate, by_category, check_scenes, entropy_bits, estimate, is_scene
 from leapalign.executors.streamed import reward_phase, streamed_rollout
-from leapalign.families.pipeline import FlowPipeline, configured_pipeline
+from leapalign.families.pipeline import FlowPipeline
 from leapalign.method.draws import draw_noise
 from leapalign.method.trajectory import rollout
-from leapalign.rewards import RewardModel, load_reward
+from leapalign.planning.configured import configured_pipeline, configured_reward, prompt_store
+from leapalign.rewards import RewardModel
 
 SHOWN = 12  # pictures kept to look at
 
@@ -47,7 +48,7 @@ def generate(
     microbatch: int | None = None,
     levels: int | None = None,
 ) -> Tensor:
-    """Sample one picture for each prompt, as diffusers' FluxPipeline would from the same latents.
+    """Sample one picture for each prompt, as the diffusers pipeline would from the same latents.
 
     Args:
         prompts: N texts whose embeddings `store` has.
@@ -254,22 +255,15 @@ def evaluate_command(
         transformer: folder of an aligned transformer; None evaluates the pipeline's own.
         reward: a model to use instead of the one that the config names.
     """
-    from leapalign.evaluation.sampling import prompt_store  # it samples by this module's `generate`
-
     store = prompt_store(config, [prompt.text for prompt in prompts])
     pipeline = configured_pipeline(config, transformer)
-    result = evaluate(pipeline, store, prompts, reward or load_reward(config), config)
+    result = evaluate(pipeline, store, prompts, reward or configured_reward(config), config)
     return {**result.as_dict(), "table": table(result)}
 
 
 def batch_size(config: AlignConfig) -> int:
     """Pictures to draw together; a streamed transformer takes a whole batch and splits it as its plan says."""
     return config.train_batch_size if config.executor == "streamed" else config.microbatch or config.train_batch_size
-
-
-def embedding_dtype(config: AlignConfig) -> torch.dtype:
-    """The text encoders' dtype: bfloat16 where the transformer also computes in it."""
-    return torch.bfloat16 if "bf16" in (config.mixed_precision, config.weight_dtype) else torch.float32
 
 
 def _spread(count: int, most: int) -> list[int]:

@@ -166,7 +166,7 @@ def streamed_rollout(
     keep_block_inputs: bool = False,
     levels: int | None = None,
 ) -> StreamedRollout:
-    """`leapalign.method.trajectory.rollout` with a streamed model: modulation once for all steps, every step layer-major.
+    """The trajectory of a streamed model: modulation once for all steps, every step layer-major.
 
     Args:
         noise: (B, ...) float32 or float64, on any device; the latents stay there.

@@ -1,77 +1,32 @@
-"""A FLUX pipeline without its text encoders: transformer, VAE, scheduler, and the tensors that go in and come out."""
+"""A flow pipeline without its text encoders: transformer, VAE, scheduler, and the tensors that go in and come out."""
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from leapalign.engine.backbones.attention import set_attention
+from leapalign.engine.memory.module_visit import visiting
+from leapalign.engine.model import StreamedModel
+from leapalign.engine.plan import MemoryPlan
 from leapalign.errors import UsageError
-from leapalign.method.schedule import shifted_sigmas
+from leapalign.families import autoencoder, flux
+from leapalign.families.protocol import Family
+from leapalign.families.source import family_of, resolve_model
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
-
-    from leapalign.config.keys import AlignConfig
-    from leapalign.engine.model import StreamedModel
-    from leapalign.engine.plan import MemoryPlan
-
-_HUB_ID = r"[A-Za-z0-9][\w.-]*/[\w.-]+"
-
-
-def resolve_device(name: str) -> torch.device:
-    """`auto` is the GPU if there is one, else the CPU. A GPU has its index.
-
-    Raises:
-        UsageError: a device that this machine does not have.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
-    missing_cuda = device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()
-    if missing_cuda or (device.type == "mps" and not torch.backends.mps.is_available()):
-        raise UsageError(f"device = {name}: torch {torch.__version__} sees no such device here; use auto or cpu")
-    return torch.device("cuda", torch.cuda.current_device()) if name == "cuda" else device
-
-
-def resolve_model(name: str) -> Path | str:
-    """`shapes` is the packaged pipeline's folder, an existing folder is itself, anything else must be a hub id.
-
-    Raises:
-        UsageError: neither of them, or a folder that is not a FLUX pipeline.
-    """
-    key = f"pretrained_model_name_or_path = '{name}'"
-    if name == "shapes":
-        from leapalign.zoo.shapes import PIPELINE_FOLDER
-
-        folder = PIPELINE_FOLDER
-    elif Path(name).is_dir():
-        folder = Path(name)
-    elif re.fullmatch(_HUB_ID, name):
-        return name
-    else:
-        raise UsageError(f"{key} does not exist; name a folder, a hub id (owner/name) or 'shapes'")
-    index = folder / "model_index.json"
-    if not index.is_file():
-        raise UsageError(f"{key}: {folder} has no model_index.json; name a pipeline folder in the diffusers layout")
-    kind = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
-    if kind != "FluxPipeline":
-        raise UsageError(f"{key} is a {kind}; only FluxPipeline is supported")
-    return folder
+    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 
 
 @dataclass(frozen=True)
 class FlowPipeline:
-    """What alignment and sampling need of a FLUX pipeline.
+    """What alignment and sampling need of a pipeline, of whatever family.
 
     Attributes:
         transformer: float32 weights that require grad; in eval mode (no dropout, so that a second evaluation is the
@@ -80,12 +35,14 @@ class FlowPipeline:
             from where it comes to the device inside `visit`.
         scheduler: gives the sigmas; its stepping is not used.
         source: folder or hub id the pipeline came from.
+        family: what of this is the model family's own.
     """
 
-    transformer: FluxTransformer2DModel | StreamedModel
+    transformer: Any  # the diffusers transformer, or a StreamedModel of it
     vae: AutoencoderKL
     scheduler: FlowMatchEulerDiscreteScheduler
     source: Path | str
+    family: Family = field(default=flux.family)
 
     @property
     def device(self) -> torch.device:
@@ -96,8 +53,6 @@ class FlowPipeline:
     @property
     def home(self) -> torch.device:
         """Where latents and prompt embeddings wait between evaluations: host memory if the transformer is streamed."""
-        from leapalign.engine.model import StreamedModel
-
         return torch.device("cpu") if isinstance(self.transformer, StreamedModel) else self.device
 
     @contextmanager
@@ -107,8 +62,6 @@ class FlowPipeline:
         Args:
             models: modules, or objects with modules as attributes; those that have a place of their own stay there.
         """
-        from leapalign.engine.memory.module_visit import visiting
-
         parts = [part for model in models for part in [model, *getattr(model, "__dict__", {}).values()]]
         with ExitStack() as stack:
             for part in parts if self.home != self.device else []:
@@ -121,60 +74,33 @@ class FlowPipeline:
         """{name: parameter} of the transformer."""
         return dict(self.transformer.named_parameters())
 
-    def latent_shape(self, resolution: int) -> tuple[int, int]:
-        """(tokens S, channels C) of one square picture of `resolution` pixels a side, packed 2 x 2.
+    def latent_shape(self, resolution: int) -> tuple[int, ...]:
+        """Shape of one square picture's latents as the transformer takes them; FLUX: (tokens S, channels C).
 
         Raises:
             UsageError: the side is not a whole number of patches.
         """
-        patch = 2 * self._vae_scale
-        if resolution < patch or resolution % patch:
-            raise UsageError(f"resolution = {resolution} is not divisible by {patch}, this pipeline's patch in pixels")
-        return (resolution // patch) ** 2, self.transformer.config.in_channels
+        return self.family.latent_shape(self.transformer, self.vae, resolution)
 
     def sigmas(self, num_steps: int, resolution: int) -> Tensor:
-        """(num_steps + 1,) float32 noise levels 1 -> 0 that diffusers' FluxPipeline uses at this resolution."""
-        return shifted_sigmas(self.scheduler, num_steps, self.latent_shape(resolution)[0])
+        """(num_steps + 1,) float32 noise levels 1 -> 0 that the diffusers pipeline uses at this resolution."""
+        return self.family.sigmas(self.scheduler, num_steps, self.latent_shape(resolution))
 
     def conditioning(self, embeds: Mapping[str, Tensor], resolution: int, guidance_scale: float) -> dict[str, Any]:
-        """The transformer's keyword arguments for a batch of prompt embeddings.
+        """The transformer's keyword arguments for a batch of prompt embeddings, at `home`.
 
         Args:
-            embeds: encoder_hidden_states (B, L, D) and pooled_projections (B, P), on any device in any float dtype.
-
-        Returns:
-            All at `home`: both in the transformer's dtype; txt_ids (L, 3) zeros; img_ids (S, 3) rows and columns of the
-            patches; guidance (B,) float32 if the transformer embeds guidance.
+            embeds: of `leapalign.data.embeddings`, B rows each, on any device in any float dtype.
         """
-        conditioning = {name: e.to(device=self.home, dtype=self.transformer.dtype) for name, e in embeds.items()}
-        text = conditioning["encoder_hidden_states"]
-        side = resolution // (2 * self._vae_scale)
-        steps = torch.arange(side, device=self.home, dtype=text.dtype)
-        zero = torch.zeros(side, side, device=self.home, dtype=text.dtype)
-        rows, columns = steps[:, None].expand(side, side), steps.expand(side, side)
-        conditioning["img_ids"] = torch.stack([zero, rows, columns], dim=-1).reshape(side * side, 3)
-        conditioning["txt_ids"] = text.new_zeros(text.shape[1], 3)
-        if self.transformer.config.guidance_embeds:
-            conditioning["guidance"] = torch.full((len(text),), guidance_scale, device=self.home)
-        return conditioning
+        here = {name: e.to(device=self.home, dtype=self.transformer.dtype) for name, e in embeds.items()}
+        return self.family.conditioning(self.transformer, self.vae, here, resolution, guidance_scale)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Pictures (B, 3, H, W) in [0, 1] of packed latents (B, S, C); differentiable, in the VAE's dtype, where it is.
+        """Pictures (B, 3, H, W) in [0, 1] of the transformer's latents; differentiable, where the VAE is.
 
-        z / scaling_factor + shift_factor, VAE, x * 0.5 + 0.5, clamp. The clamp stops the gradient of saturated pixels.
-        Never tiled: seams of tiles change the gradient. Pictures are square.
+        Pictures are square.
         """
-        side = round(latents.shape[1] ** 0.5)
-        assert side * side == latents.shape[1], f"{latents.shape[1]} tokens are no square picture"
-        z = latents.to(self.vae.device, self.vae.dtype).unflatten(1, (side, side)).unflatten(-1, (-1, 2, 2))
-        z = z.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)  # (B, h, w, C/4, 2, 2) -> (B, C/4, 2 h, 2 w)
-        z = z / self.vae.config.scaling_factor + (self.vae.config.shift_factor or 0.0)
-        return (self.vae.decode(z, return_dict=False)[0] * 0.5 + 0.5).clamp(0, 1)
-
-    @property
-    def _vae_scale(self) -> int:
-        """Pixels a latent pixel, along one side."""
-        return int(2 ** (len(self.vae.config.block_out_channels) - 1))
+        return autoencoder.decode(self.vae, self.family.vae_latents(self.vae, latents))
 
 
 def load_pipeline(
@@ -188,7 +114,7 @@ def load_pipeline(
     weight_dtype: torch.dtype = torch.float32,
     attention: str = "auto",
 ) -> FlowPipeline:
-    """Load transformer, VAE and scheduler of a FLUX pipeline; the text encoders stay on the disk.
+    """Load transformer, VAE and scheduler of a pipeline; the text encoders stay on the disk.
 
     The transformer's weights are float32 unless `plan` streams them: AdamW steps of 1e-5 vanish in bfloat16 weights
     above 0.003, if they are rounded to nearest.
@@ -206,19 +132,18 @@ def load_pipeline(
     Raises:
         UsageError: the model does not exist or cannot be loaded.
     """
-    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
-
-    from leapalign.engine.backbones.attention import set_attention
+    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 
     source = resolve_model(name)
+    family = family_of(source, name)
     try:
         if plan is not None:
             assert mixed_precision == "no", "a streamed model computes in its weights' dtype"
             model = _streamed(source, transformer, plan, torch.device(device), weight_dtype)
         elif transformer is None:
-            model = FluxTransformer2DModel.from_pretrained(source, subfolder="transformer", torch_dtype=torch.float32)
+            model = family.load_transformer(source, torch.float32, subfolder="transformer")
         else:
-            model = FluxTransformer2DModel.from_pretrained(transformer, torch_dtype=torch.float32)
+            model = family.load_transformer(transformer, torch.float32)
         vae = AutoencoderKL.from_pretrained(source, subfolder="vae", torch_dtype=vae_dtype)
         scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(source, subfolder="scheduler")
     except OSError as error:
@@ -234,49 +159,8 @@ def load_pipeline(
         vae.enable_gradient_checkpointing()
     vae.eval().requires_grad_(False)
     if mixed_precision == "bf16":
-        _autocast(model)
-    return FlowPipeline(model, vae, scheduler, source)
-
-
-def configured_pipeline(
-    config: AlignConfig,
-    transformer: str | Path | None = None,
-    *,
-    plan: MemoryPlan | None = None,
-    scored: bool = True,
-) -> FlowPipeline:
-    """`load_pipeline` as the run's config says: model, device, precision and executor.
-
-    Args:
-        transformer: a transformer folder to take instead of the pipeline's own.
-        plan: of a streamed run; None plans for drawing pictures alone, and for a reward to score them if `scored`.
-
-    Raises:
-        UsageError: as `load_pipeline`, or memory in which no plan fits.
-    """
-    from leapalign.engine.backbones.attention import check_attention
-    from leapalign.kernels.dispatch import allow
-
-    device = resolve_device(config.device)
-    dtype = torch.bfloat16 if config.weight_dtype == "bf16" else torch.float32
-    try:
-        check_attention(config.attention, device, torch.bfloat16 if config.mixed_precision == "bf16" else dtype)
-    except ValueError as error:
-        raise UsageError(str(error)) from None
-    allow(config.kernels != "torch")
-    if config.executor == "streamed" and plan is None:
-        from leapalign.planning.workload import plan_run, sampling_workload
-
-        plan = plan_run(config, device, workload=sampling_workload(config, device, scored=scored))
-    return load_pipeline(
-        config.pretrained_model_name_or_path,
-        device=device,
-        transformer=transformer,
-        mixed_precision=config.mixed_precision,
-        plan=plan,
-        weight_dtype=dtype,
-        attention=config.attention,
-    )
+        family.autocast(model)
+    return FlowPipeline(model, vae, scheduler, source, family)
 
 
 def _streamed(
@@ -287,8 +171,6 @@ def _streamed(
     dtype: torch.dtype,
 ) -> StreamedModel:
     """The transformer with its weights read from the files straight into the engine's host memory."""
-    from leapalign.engine.model import StreamedModel
-
     if transformer is not None:
         folder = Path(transformer)
     elif isinstance(source, Path):
@@ -308,16 +190,3 @@ def _own_memory(model: torch.nn.Module) -> None:
     """
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
-
-
-def _autocast(model: FluxTransformer2DModel) -> None:
-    """Evaluate `model` under bfloat16 autocast, wherever it is called from.
-
-    Without autocast's weight cache: it would hold a bfloat16 copy of the model, and copies made without grad in the
-    rollout would be found again by the pass that needs one.
-    """
-    device = next(model.parameters()).device.type
-    full = torch.autocast(device, enabled=False)
-    # FLUX casts the timestep to this layer's output dtype: bfloat16 would move it by up to 2/1000.
-    model.x_embedder.forward = full(model.x_embedder.forward)
-    model.forward = torch.autocast(device, torch.bfloat16, cache_enabled=False)(model.forward)

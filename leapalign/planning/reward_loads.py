@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from leapalign.engine.planning.counting import Counting, DeviceCounter, gpu_operators
 from leapalign.engine.planning.replay import Recall
 from leapalign.engine.planning.workload import RewardLoad
-from leapalign.families.published import clip_of, vae_config
+from leapalign.families.source import vae_config
+from leapalign.rewards import tower_of
+from leapalign.rewards.clip import preprocess
 
 if TYPE_CHECKING:
     from leapalign.config.keys import AlignConfig
@@ -31,7 +33,7 @@ def reward_loads(config: AlignConfig, *, gradients: bool = True) -> tuple[Reward
     Raises:
         UsageError: their shapes are not known.
     """
-    vae, clip = json.dumps(dict(vae_config(config))), clip_of(config)
+    vae, clip = json.dumps(dict(vae_config(config))), tower_of(config)
     sizes = None if clip is None else (clip.parameters, json.dumps(dict(clip.vision)))
     ways = (False, True) if gradients else (False,)
     return tuple(count_reward(vae, sizes, config.resolution, checkpointed, gradients) for checkpointed in ways)
@@ -93,7 +95,5 @@ def _launched(model: Any) -> Iterator[nn.Module]:
 
 
 def _score(vision: Any, pictures: Tensor) -> Tensor:
-    from leapalign.rewards.clip import preprocess
-
     found: Tensor = vision(pixel_values=preprocess(pictures, vision.config.image_size)).image_embeds
     return found.sum(1)

@@ -10,20 +10,20 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from leapalign import families
 from leapalign.engine.memory.available import device_available, host_available
 from leapalign.engine.memory.sizes import parse_bytes, spell_bytes
 from leapalign.engine.plan import MemoryPlan
 from leapalign.engine.planning.planner import BudgetError, Planner
 from leapalign.engine.planning.workload import Budget, Machine, Workload
 from leapalign.errors import UsageError
-from leapalign.families.published import transformer_config, vae_config
+from leapalign.families.source import transformer_config, vae_config
 from leapalign.kernels.dispatch import reaches_device, triton
 from leapalign.planning.reward_loads import reward_loads
 
 if TYPE_CHECKING:
     from leapalign.config.keys import AlignConfig
 
-CLIP_TOKENS = 77  # that Stable Diffusion 3's prompts have beside T5's
 SLACK = 0.03  # of what is free is left: for the allocators' gaps, and for a resumed run to find room for its plan
 _KINDS = {"vram": "device memory", "ram": "host memory"}
 
@@ -167,14 +167,13 @@ def _workload(config: AlignConfig, device: torch.device | None, **more: Any) -> 
         raise UsageError(
             f"executor = {config.executor} has no memory plan: it keeps everything on the device; use executor streamed"
         )
-    text_tokens = config.max_sequence_length
-    if transformer_config(config).get("_class_name") == "SD3Transformer2DModel":
-        text_tokens += CLIP_TOKENS
+    family = families.of_transformer(transformer_config(config))
+    length = config.max_sequence_length
     return Workload(
         batch=config.train_batch_size,
         resolution=config.resolution,
         patch=2 ** len(vae_config(config)["block_out_channels"]),
-        text_tokens=text_tokens,
+        text_tokens=family.text_tokens(length) if family else length,
         microbatch=config.microbatch,
         dtype=torch.bfloat16 if config.weight_dtype == "bf16" else torch.float32,
         kernels=kernels_of(config, device),

@@ -1,73 +1,47 @@
-"""Reward models: differentiable functions of pictures and prompts, and their place behind the VAE."""
+"""Differentiable rewards, one file each, and their place behind the VAE. How a gradient is taken lies elsewhere."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+import torch
 
-from leapalign.errors import UsageError
+from leapalign import extensions
+from leapalign.rewards.latent import LatentReward
+from leapalign.rewards.protocol import Reward, RewardModel, Tower
 
 if TYPE_CHECKING:
     from leapalign.config.keys import AlignConfig
-    from leapalign.families.pipeline import FlowPipeline
+
+__all__ = ["LatentReward", "Reward", "RewardModel", "Tower", "load_reward", "named", "tower_of"]
+
+# name -> its one object
+REWARDS = {
+    "shapes": "leapalign.rewards.shapes:reward",
+    "pickscore": "leapalign.rewards.pickscore:reward",
+    "clipscore": "leapalign.rewards.clipscore:reward",
+}
 
 
-class RewardModel(Protocol):
-    """Scores pictures; higher is better. Samples do not see each other, so a batch may be split anywhere.
+def named(config: AlignConfig) -> Reward:
+    """The reward that `config.reward` names.
 
-    In a streamed run modules that are its attributes, if they are on the CPU, are brought to the device for its phase.
+    Raises:
+        UsageError: there is none of this name.
     """
-
-    def __call__(self, images: Tensor, prompts: list[str], /) -> Tensor:
-        """(B, 3, H, W) pictures in [0, 1] and their B prompts -> (B,) rewards, differentiable in the pictures."""
-        ...
+    found: Reward = extensions.load("rewards", REWARDS, config.reward, key="reward")
+    return found
 
 
-@dataclass(frozen=True)
-class LatentReward:
-    """A reward model seen through the VAE: packed latents (B, S, C) -> (B,), for the B `prompts`."""
-
-    pipeline: FlowPipeline
-    model: RewardModel
-    prompts: Sequence[str]
-
-    def __call__(self, latents: Tensor) -> Tensor:
-        return self.model(self.pipeline.decode(latents), list(self.prompts))
-
-    def visit(self) -> AbstractContextManager[None]:
-        """Inside the block VAE and reward model are on the device."""
-        return self.pipeline.visit(self.pipeline.vae, self.model)
-
-    def select(self, rows: slice) -> LatentReward:
-        """The reward of some rows of the batch, with their own prompts: VAE and reward then run by microbatch."""
-        return replace(self, prompts=self.prompts[rows])
-
-
-def load_reward(config: AlignConfig) -> RewardModel:
-    """The frozen reward model that `config.reward` names, in float32 on the run's device; of a streamed run on the CPU.
+def load_reward(config: AlignConfig, device: torch.device) -> RewardModel:
+    """The frozen reward model that `config.reward` names, in float32 on the device.
 
     Raises:
         UsageError: its files are not there.
     """
-    from leapalign.families.pipeline import resolve_device
+    return named(config).load(config.reward_model_name_or_path, device)
 
-    device = resolve_device(config.device if config.executor == "autograd" else "cpu")
-    if config.reward == "shapes":
-        from leapalign.zoo.shapes.reward import load_shapes_reward
 
-        try:
-            return load_shapes_reward(device)
-        except FileNotFoundError as error:
-            raise UsageError(f"reward = shapes: {error}; install the package with its data files") from error
-    from leapalign.rewards import clip
-
-    name = config.reward_model_name_or_path
-    if config.reward == "pickscore":
-        return clip.load_clip_reward(name or clip.PICKSCORE, "cosine", device=device)
-    if config.reward == "clipscore":
-        return clip.load_clip_reward(name or clip.CLIPSCORE, "logits", device=device)
-    raise UsageError(f"reward = {config.reward} is unknown; use shapes, pickscore or clipscore")
+def tower_of(config: AlignConfig) -> Tower | None:
+    """What the planner counts of the config's reward; None for one too small to be counted."""
+    return named(config).tower(config.reward_model_name_or_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from leapalign.errors import UsageError
+from leapalign.rewards.protocol import Tower
 
 if TYPE_CHECKING:
     from transformers import CLIPModel
@@ -122,3 +124,27 @@ def _has_tokenizer(name: str) -> bool:
     if folder.is_dir():
         return any((folder / file).is_file() for file in ("tokenizer.json", "vocab.json"))
     return name != PICKSCORE
+
+
+@functools.cache
+def clip_tower(name: str) -> Tower:
+    """Of the CLIP model in a folder or hub id, from its config.json.
+
+    Raises:
+        UsageError: it is not there.
+    """
+    from transformers import CLIPConfig, CLIPModel
+
+    try:
+        if Path(name).is_dir() and not (Path(name) / "config.json").is_file():  # defaults would stand for it
+            raise FileNotFoundError(f"{name} has none")
+        shapes = CLIPConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UsageError(
+            f"reward_model_name_or_path = '{name}': its config.json, from which memory is planned, could not be read: "
+            f"{reason}; name the folder or hub id of a CLIP model"
+        ) from error
+    with torch.device("meta"):
+        model = CLIPModel(shapes)
+    return Tower(sum(each.numel() for each in model.parameters()), shapes.vision_config.to_dict())

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from leapalign import __version__
 from leapalign.config.keys import SECTIONS, AlignConfig, OutputKeys
+from leapalign.families.protocol import Family
 
 
-def model_card(config: AlignConfig, *, name: str, results: str | None, skipped: int) -> str:
+def model_card(config: AlignConfig, family: Family, *, name: str, results: str | None, skipped: int) -> str:
     """Markdown with the hub's header.
 
     Args:
@@ -15,7 +16,12 @@ def model_card(config: AlignConfig, *, name: str, results: str | None, skipped: 
         skipped: steps that were left out because something was not finite.
     """
     base = config.pretrained_model_name_or_path
-    header = ["---", "library_name: diffusers", "pipeline_tag: text-to-image", "tags: [leapalign, flux, alignment]"]
+    header = [
+        "---",
+        "library_name: diffusers",
+        "pipeline_tag: text-to-image",
+        f"tags: [leapalign, {family.name}, alignment]",
+    ]
     if base.count("/") == 1 and not base.startswith((".", "/", "~")):
         header.append(f"base_model: {base}")
     weights = f"average of the weights (decay {config.ema_decay:g} a step)" if config.use_ema else "last weights"
@@ -25,9 +31,9 @@ def model_card(config: AlignConfig, *, name: str, results: str | None, skipped: 
         f"The transformer of `{base}`, all parameters aligned with the reward `{config.reward}` by LeapAlign "
         f"(arXiv 2604.15311) over {config.max_train_steps} steps with leapalign {__version__}. "
         f"`transformer/` holds the {weights}.",
-        "```python\nfrom diffusers import FluxPipeline, FluxTransformer2DModel\n\n"
-        'transformer = FluxTransformer2DModel.from_pretrained("transformer")\n'
-        f'pipeline = FluxPipeline.from_pretrained("{_loadable(base)}", transformer=transformer)\n```',
+        f"```python\nfrom diffusers import {family.pipeline_class}, {family.transformer_class}\n\n"
+        f'transformer = {family.transformer_class}.from_pretrained("transformer")\n'
+        f'pipeline = {family.pipeline_class}.from_pretrained("{_loadable(base)}", transformer=transformer)\n```',
         "The run again:\n\n```\nleapalign align config.yaml --output_dir NEW_FOLDER\n```",
     ]
     if skipped:

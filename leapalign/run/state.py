@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,9 +21,6 @@ from leapalign.engine.memory import checkpoint as checkpoints
 from leapalign.engine.model import StreamedModel
 from leapalign.engine.optimizer.average import EMA
 from leapalign.errors import UsageError
-
-if TYPE_CHECKING:
-    from diffusers import FluxTransformer2DModel
 
 FORMAT = ("optimizer", "weight_dtype", "master")  # keys that say what a checkpoint holds
 
@@ -40,7 +37,7 @@ class TrainState:
         parameters: {name: parameter}.
     """
 
-    def __init__(self, transformer: FluxTransformer2DModel | StreamedModel, config: AlignConfig) -> None:
+    def __init__(self, transformer: torch.nn.Module, config: AlignConfig) -> None:
         self.config = config
         self.transformer = transformer
         self.parameters: dict[str, torch.nn.Parameter] = dict(transformer.named_parameters())
@@ -105,7 +102,8 @@ class TrainState:
         if isinstance(self.transformer, StreamedModel):
             save_model(self.transformer, folder)
         else:
-            self.transformer.save_pretrained(folder)
+            save: Any = self.transformer  # a diffusers model
+            save.save_pretrained(folder)
 
     def restore(self, checkpoint: Path) -> list[str]:
         """Take everything from a checkpoint, bit for bit.

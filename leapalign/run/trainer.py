@@ -17,15 +17,15 @@ from leapalign.data.prompts import load_prompts
 from leapalign.engine.memory import checkpoint as checkpoints
 from leapalign.engine.model import StreamedModel
 from leapalign.errors import UsageError
-from leapalign.evaluation.sampling import prompt_store
 from leapalign.evaluation.scores import Evaluation, table
-from leapalign.families.pipeline import configured_pipeline, resolve_device
+from leapalign.families.source import resolve_device
+from leapalign.gradients import alignment_gradients
 from leapalign.method.draws import draw_noise, draw_prompts, draw_steps
-from leapalign.method.gradients import alignment_gradients
 from leapalign.method.leapalign import LeapAlign
 from leapalign.method.task import GradientResult
+from leapalign.planning.configured import configured_pipeline, configured_reward, prompt_store
 from leapalign.planning.run_plan import RunPlan, memory_error, plan_of_run
-from leapalign.rewards import LatentReward, RewardModel, load_reward
+from leapalign.rewards import LatentReward, RewardModel
 from leapalign.run.interruption import Interruption
 from leapalign.run.model_card import model_card
 from leapalign.run.state import TrainState, check_format, learning_rate, read_state
@@ -274,7 +274,7 @@ class Trainer:
         self.pipeline.latent_shape(config.resolution)  # refuses a resolution that the pipeline cannot make
         if config.gradient_checkpointing and config.executor == "autograd":  # streamed always recomputes the blocks
             self.pipeline.transformer.enable_gradient_checkpointing()
-        self.reward = self._given_reward or load_reward(config)
+        self.reward = self._given_reward or configured_reward(config)
         self.state: TrainState | StreamedState
         if config.optimizer == "adamw8bit":
             assert isinstance(self.pipeline.transformer, StreamedModel), "the config streams with this optimizer"
@@ -332,6 +332,7 @@ class Trainer:
         picture = self.validation.compare(self.before, after)
         card = model_card(
             self.config,
+            self.pipeline.family,
             name=self.config.run_name or self.output_dir.resolve().name,
             results=table(after, self.before) if after else None,
             skipped=self.state.skipped,

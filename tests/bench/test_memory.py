@@ -16,7 +16,7 @@ from bench.memory.devices import HostAndDevice
 from bench.memory.simulate import Workload, simulate
 from leapalign.engine.plan import MemoryPlan
 from leapalign.engine.planning.counting import DeviceCounter, gpu_operators
-from leapalign.families.published import FLUX1_DEV
+from leapalign.families.flux import FLUX1_DEV
 
 GIB = 2**30
 TINY = {

@@ -21,7 +21,7 @@ from bench.speed.step_timing import over_plan, rollout_steps
 from bench.speed.step_ways import Step, Task, planner_of
 from leapalign.engine.ledger import Measured
 from leapalign.engine.streaming.streamer import Streamer
-from leapalign.method.gradients import alignment_gradients
+from leapalign.gradients import alignment_gradients
 
 CPU = torch.device("cpu")
 

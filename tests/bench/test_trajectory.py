@@ -26,7 +26,7 @@ from leapalign.engine.plan import MemoryPlan
 from leapalign.engine.streaming.gradients import GradientDictionary
 from leapalign.executors.autograd import surrogate_gradients
 from leapalign.executors.streamed import streamed_rollout, streamed_vjps
-from leapalign.families.published import SD35_MEDIUM
+from leapalign.families.sd3 import SD35_MEDIUM
 from leapalign.method.last_steps import last_steps
 from leapalign.method.leapalign import LeapAlign, leapalign2
 from leapalign.method.trajectory import rollout

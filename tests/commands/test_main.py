@@ -8,7 +8,8 @@ import types
 import pytest
 import yaml
 
-from leapalign.commands.main import DONE, FAILED, INTERRUPTED, USAGE, main
+from leapalign.commands.codes import DONE, FAILED, INTERRUPTED, USAGE
+from leapalign.commands.main import main
 from leapalign.config.keys import AlignConfig
 
 
@@ -320,7 +321,7 @@ def test_embed_takes_the_distinct_prompts_of_both_sources(run, monkeypatch, caps
         seen.extend(prompts)
         return types.SimpleNamespace(encoded=1, folder="/cache")
 
-    monkeypatch.setattr("leapalign.evaluation.sampling.prompt_store", prompt_store)
+    monkeypatch.setattr("leapalign.planning.configured.prompt_store", prompt_store)
     assert main(["embed", run, "--validation_prompts", "[a red circle, a red square]"]) == DONE
     assert seen == ["a red circle", "a blue square", "a red square"]
     assert capsys.readouterr().out == "3 prompts: 1 encoded now, 2 cached; /cache\n"

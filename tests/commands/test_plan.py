@@ -6,9 +6,10 @@ import json
 
 import pytest
 
-from leapalign.commands.main import DONE, USAGE, main
-from leapalign.commands.plan import plan_command
+from leapalign.commands.codes import DONE, USAGE
+from leapalign.commands.main import main
 from leapalign.config.loading import PRESETS, load_config
+from leapalign.planning.report import plan_command
 
 GIB = 2**30
 SMALL = ["shapes", "--executor=streamed", "--train_batch_size", "6", "--microbatch=3", "--streamed_mode=paired"]

@@ -16,13 +16,17 @@ from typing import Any
 import pytest
 import torch
 
-from leapalign.commands.main import DONE, USAGE, main
+from leapalign.commands.codes import DONE, USAGE
+from leapalign.commands.main import main
 from leapalign.config.loading import load_config, preset_names
 from leapalign.doctor import examination as doctor
 from leapalign.doctor import system
-from leapalign.doctor.examination import Examination, Rates, Verdict, checkpoint_bytes, verdict, warnings
+from leapalign.doctor import warnings as doctor_warnings
+from leapalign.doctor.examination import checkpoint_bytes, verdict
+from leapalign.doctor.findings import Examination, Rates, Verdict
 from leapalign.doctor.report import table
 from leapalign.doctor.system import Disk, Gpu, Host, cores_obtained, disk_of, host_of, lockable, no_gpu, software
+from leapalign.doctor.warnings import warnings
 from leapalign.engine.memory.sizes import parse_bytes
 from leapalign.engine.planning.rates import CopyRates, HostRates
 from leapalign.engine.planning.workload import Machine
@@ -48,8 +52,8 @@ def well(**changes):
 @pytest.fixture
 def best(monkeypatch):
     """The host kernels of the examinations above are the best that there are."""
-    monkeypatch.setattr(doctor.host_kernels, "instruction_sets", lambda: ["scalar", "avx2"])
-    monkeypatch.setattr(doctor, "INTERPRETED", False)
+    monkeypatch.setattr(doctor_warnings.host_kernels, "instruction_sets", lambda: ["scalar", "avx2"])
+    monkeypatch.setattr(doctor_warnings, "INTERPRETED", False)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
 
 
@@ -317,7 +321,7 @@ def test_each_warning_has_its_way_out(changes, expected, way_out):
 
 @pytest.mark.usefixtures("best")
 def test_the_interpreter_is_warned_of(monkeypatch):
-    monkeypatch.setattr(doctor, "INTERPRETED", True)
+    monkeypatch.setattr(doctor_warnings, "INTERPRETED", True)
     (line,) = warnings(well())
     assert "TRITON_INTERPRET = 1" in line and "unset it" in line
 

@@ -13,10 +13,10 @@ from torch import Tensor
 from leapalign.data.prompts import Prompt
 from leapalign.evaluation.metrics import by_category, check_scenes, entropy_bits, estimate, is_scene
 from leapalign.evaluation.pictures import before_after, grid, to_image
-from leapalign.evaluation.sampling import prompt_store
 from leapalign.evaluation.scores import Evaluation, evaluate, evaluate_command, generate, table
 from leapalign.families.pipeline import load_pipeline
 from leapalign.method.draws import draw_noise
+from leapalign.planning.configured import prompt_store
 from tests.families.tiny_pipeline import PROMPTS, ColourReward, save_tiny_pipeline, tiny_config
 
 

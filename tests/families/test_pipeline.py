@@ -14,7 +14,8 @@ from torch import Tensor
 from leapalign.engine.backbones.velocity import velocity
 from leapalign.errors import UsageError
 from leapalign.evaluation.scores import generate
-from leapalign.families.pipeline import FlowPipeline, load_pipeline, resolve_device, resolve_model
+from leapalign.families.pipeline import FlowPipeline, load_pipeline
+from leapalign.families.source import resolve_device, resolve_model
 from tests.families.tiny_pipeline import CHANNELS, RESOLUTION, TOKENS, save_tiny_pipeline
 
 

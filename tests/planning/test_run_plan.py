@@ -17,7 +17,7 @@ from leapalign.engine.model import StreamedModel
 from leapalign.engine.plan import MemoryPlan
 from leapalign.engine.planning.workload import Budget
 from leapalign.errors import UsageError
-from leapalign.families.pipeline import resolve_device
+from leapalign.families.source import resolve_device
 from leapalign.planning import run_plan as memory
 from leapalign.planning.run_plan import RunPlan, memory_error, plan_of_run
 from leapalign.planning.workload import kernels_of, plan_run

@@ -15,10 +15,12 @@ from leapalign.engine.planning.costs import predict
 from leapalign.engine.planning.planner import fits
 from leapalign.engine.planning.workload import Budget
 from leapalign.errors import UsageError
-from leapalign.families.published import CLIPS, VAE, clip_of, transformer_config, vae_config
+from leapalign.families.autoencoder import PUBLISHED as VAE
+from leapalign.families.source import transformer_config, vae_config
 from leapalign.planning import workload as planning
 from leapalign.planning.reward_loads import count_reward, reward_loads
 from leapalign.planning.workload import plan_run, planner_of, run_budget, sampling_workload, workload_of
+from leapalign.rewards import clipscore, tower_of
 
 GIB = 2**30
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -228,7 +230,7 @@ def test_the_rewards_memory():
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_two_pictures_take_twice_the_memory_of_one(checkpointed):
     """Within 2%: what is planned for a microbatch is a multiple of one picture's activations."""
-    clip = CLIPS["openai/clip-vit-large-patch14"]
+    clip = clipscore.PUBLISHED
     shapes = json.dumps(dict(VAE)), (clip.parameters, json.dumps(dict(clip.vision))), 256, checkpointed
     one, two = count_reward(*shapes), count_reward(*shapes, pictures=2)
     assert two.activation_bytes == pytest.approx(2 * one.activation_bytes, rel=0.02)
@@ -245,14 +247,14 @@ def test_a_clip_model_in_a_folder_is_read(tmp_path):
     )  # fmt: skip
     config.save_pretrained(tmp_path)
     run = small("--reward=clipscore", f"--reward_model_name_or_path={tmp_path}")
-    found = clip_of(run)
+    found = tower_of(run)
     assert found is not None
     assert found.parameters == sum(each.numel() for each in CLIPModel(config).parameters())
     assert found.vision["num_hidden_layers"] == 2
     plain, scored = reward_loads(small())[0], reward_loads(run)[0]
     assert scored.weight_bytes - plain.weight_bytes == 4 * found.parameters
     assert scored.blocks - plain.blocks == 2 and scored.flops > plain.flops
-    assert clip_of(small()) is None
+    assert tower_of(small()) is None
 
 
 def test_shapes_that_are_nowhere_are_told(tmp_path, monkeypatch):

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from leapalign.zoo.shapes import checker
-from leapalign.zoo.shapes.corruptions import blank, melted, odd_coloured, two_toned
+from leapalign.zoo.shapes.pretraining.corruptions import blank, melted, odd_coloured, two_toned
+from leapalign.zoo.shapes.pretraining.train_reward import SpecTable, hard_negatives
 from leapalign.zoo.shapes.prompts import all_specs, sample_specs
 from leapalign.zoo.shapes.scenes import CATEGORIES, COLOUR_NAMES, SHAPES, Scenes, Spec, render, sample_scenes
-from leapalign.zoo.shapes.train_reward import SpecTable, hard_negatives
 
 
 @pytest.fixture(scope="module")

@@ -15,12 +15,12 @@ from leapalign.zoo.shapes import (
     train_autoencoder,
     train_flow,
 )
-from leapalign.zoo.shapes.corruptions import corrupt
-from leapalign.zoo.shapes.networks import T5_TOKENS
+from leapalign.zoo.shapes.pretraining.corruptions import corrupt
+from leapalign.zoo.shapes.pretraining.networks import T5_TOKENS
+from leapalign.zoo.shapes.pretraining.train_reward import SpecTable, hard_negatives
 from leapalign.zoo.shapes.prompts import PREFIXES, phrase, sample_specs, validation_prompts
 from leapalign.zoo.shapes.reward import load_shapes_reward, word_ids
 from leapalign.zoo.shapes.scenes import CATEGORIES, render, sample_scenes
-from leapalign.zoo.shapes.train_reward import SpecTable, hard_negatives
 
 MIB = 2**20
 

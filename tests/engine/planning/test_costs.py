@@ -18,7 +18,7 @@ from leapalign.engine.planning.planner import Planner
 from leapalign.engine.planning.stage_costs import StageCosts
 from leapalign.engine.planning.traffic import Traffic
 from leapalign.engine.planning.workload import Machine, RewardLoad, Workload
-from leapalign.families.published import FLUX1_DEV
+from leapalign.families.flux import FLUX1_DEV
 
 GIB = 2**30
 FLUX = {

@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from leapalign.zoo.shapes.networks import tokenize
-from leapalign.zoo.shapes.progress import Progress, load_state, save_state
-from leapalign.zoo.shapes.train_autoencoder import load_autoencoder
-from leapalign.zoo.shapes.train_flow import (
+from leapalign.zoo.shapes.pretraining.networks import tokenize
+from leapalign.zoo.shapes.pretraining.progress import Progress, load_state, save_state
+from leapalign.zoo.shapes.pretraining.train_autoencoder import load_autoencoder
+from leapalign.zoo.shapes.pretraining.train_flow import (
     EMA_DECAY,
     TIME_MEAN,
     TIME_STD,

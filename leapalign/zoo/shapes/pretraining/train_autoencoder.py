@@ -11,8 +11,8 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from leapalign.zoo.shapes import checker
-from leapalign.zoo.shapes.networks import build_autoencoder
-from leapalign.zoo.shapes.progress import Progress, load_state, save_state
+from leapalign.zoo.shapes.pretraining.networks import build_autoencoder
+from leapalign.zoo.shapes.pretraining.progress import Progress, load_state, save_state
 from leapalign.zoo.shapes.prompts import sample_specs
 from leapalign.zoo.shapes.scenes import Spec, render, sample_scenes
 

@@ -16,14 +16,14 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-from leapalign.zoo.shapes.concepts import ConceptHead, facts_of_scenes, facts_of_specs
-from leapalign.zoo.shapes.corruptions import corrupt
-from leapalign.zoo.shapes.paths import edited, path_loss
-from leapalign.zoo.shapes.progress import Progress, load_state, save_state
+from leapalign.zoo.shapes.pretraining.concepts import ConceptHead, facts_of_scenes, facts_of_specs
+from leapalign.zoo.shapes.pretraining.corruptions import corrupt
+from leapalign.zoo.shapes.pretraining.paths import edited, path_loss
+from leapalign.zoo.shapes.pretraining.progress import Progress, load_state, save_state
+from leapalign.zoo.shapes.pretraining.train_autoencoder import load_autoencoder
 from leapalign.zoo.shapes.prompts import NUMBERS, phrase, sample_specs
 from leapalign.zoo.shapes.reward import WIDTH, TwoTower, save_reward, word_ids
 from leapalign.zoo.shapes.scenes import CATEGORIES, COLOUR_NAMES, RELATIONS, SHAPES, Scenes, Spec, render, sample_scenes
-from leapalign.zoo.shapes.train_autoencoder import load_autoencoder
 
 BATCH = 80
 CORRUPTED = 28  # further pictures of a batch that are wrong for every text

@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from leapalign.zoo.shapes import checker
-from leapalign.zoo.shapes.networks import (
+from leapalign.zoo.shapes.pretraining.networks import (
     GUIDANCE,
     LATENT_CHANNELS,
     LATENT_SIZE,
@@ -22,10 +22,10 @@ from leapalign.zoo.shapes.networks import (
     build_transformer,
     tokenize,
 )
-from leapalign.zoo.shapes.progress import Progress, load_state, save_state
+from leapalign.zoo.shapes.pretraining.progress import Progress, load_state, save_state
+from leapalign.zoo.shapes.pretraining.train_autoencoder import load_autoencoder, render_pool
 from leapalign.zoo.shapes.prompts import validation_prompts
 from leapalign.zoo.shapes.scenes import CATEGORIES
-from leapalign.zoo.shapes.train_autoencoder import load_autoencoder, render_pool
 
 BATCH = 64
 STEPS = 8_000

@@ -10,10 +10,10 @@ import torch
 from diffusers import FluxPipeline
 
 from leapalign.zoo.shapes import PIPELINE_FOLDER, REWARD_FOLDER
-from leapalign.zoo.shapes.networks import build_scheduler
-from leapalign.zoo.shapes.train_autoencoder import load_autoencoder
-from leapalign.zoo.shapes.train_flow import TextToFlow, accuracy
-from leapalign.zoo.shapes.train_guidance import load_average
+from leapalign.zoo.shapes.pretraining.networks import build_scheduler
+from leapalign.zoo.shapes.pretraining.train_autoencoder import load_autoencoder
+from leapalign.zoo.shapes.pretraining.train_flow import TextToFlow, accuracy
+from leapalign.zoo.shapes.pretraining.train_guidance import load_average
 
 STAGES = ("autoencoder", "flow", "guidance", "reward")
 
