@@ -20,13 +20,13 @@ from leapalign.engine.memory.checkpoint import model_files
 from leapalign.engine.memory.store import BlockStore
 from leapalign.engine.optimizer.adamw8bit import AdamW8bit
 from leapalign.engine.passes.autograd import EvaluationNode, count_steps
-from leapalign.engine.passes.backward import Backward
-from leapalign.engine.passes.evaluation import Evaluation, Leg, ModulationRows, Modulations, Record, batch_size
+from leapalign.engine.passes.backward import Backward, check_input_grads
+from leapalign.engine.passes.evaluation import Evaluation, Leg, ModulationRows, Modulations, Record, batch_size, home_of
 from leapalign.engine.passes.forward import Parts, forward
 from leapalign.engine.passes.held_sums import HeldSums
 from leapalign.engine.passes.hoisting import HoistedBackward, hoist
 from leapalign.engine.plan import MemoryPlan
-from leapalign.engine.streaming.activations import Staging
+from leapalign.engine.streaming.activations import STAGING_SLOTS, Staging
 from leapalign.engine.streaming.gradients import Gradients, Sink
 from leapalign.engine.streaming.partition import (
     adopt,
@@ -42,8 +42,6 @@ from leapalign.engine.streaming.weights import Weights
 from leapalign.engine.wrapper import Wrapper
 
 __all__ = ["Leg", "ModulationRows", "Modulations", "Record", "StreamedModel"]
-
-STAGING_SLOTS = 8  # 3 are read, 3 prefetched (input, modulation, gradient), 2 leave
 
 _OWNER = "_streamed_by"  # attribute of the wrapped module: a weak reference to its StreamedModel
 
@@ -266,7 +264,7 @@ class StreamedModel(Wrapper):
             finally:
                 self._release(evaluation, modulations)
                 self._parts.weights.settle()  # from here on the host may change them
-        return output.to(_home(inputs))
+        return output.to(home_of(inputs))
 
     def record(self, rows: int) -> Record:
         """An empty record for the block inputs of `rows` samples, where the plan places it."""
@@ -316,6 +314,11 @@ class StreamedModel(Wrapper):
         self._parts.weights.release()
         self._parts.gradients.release()
         self._parts.staging.release()
+
+    @property
+    def fused_optimizer(self) -> AdamW8bit | None:
+        """The optimizer, if it updates inside the backward pass."""
+        return self.optimizer if self.optimizer is not None and self.optimizer.fused_backward else None
 
     @property
     def streamer(self) -> Streamer:
@@ -375,15 +378,10 @@ class StreamedModel(Wrapper):
         return found
 
     def _check_legs(self, legs: Sequence[Leg]) -> None:
-        if not legs:
-            raise ValueError("a product of no legs: give at least one")
+        check_input_grads(legs)
         for leg in legs:
             if leg.record is not None:
                 self._check_version(leg.record, "the record's block inputs")
-            for name in leg.input_grads:
-                value = leg.inputs.get(name)
-                if not isinstance(value, Tensor) or not value.is_floating_point():
-                    raise ValueError(f"input_grads names {name!r}, which is no floating tensor among the leg's inputs")
 
     def _evaluation_of(self, leg: Leg) -> Evaluation:
         """A leg's evaluation, with a new record to be filled if the leg has none."""
@@ -450,8 +448,3 @@ class StreamedModel(Wrapper):
     def weights_version(self) -> int:
         """Grows with every in-place change of any weight, optimizers' updates included."""
         return sum(self._unit_version(unit) for unit in self.store.units)
-
-
-def _home(inputs: Mapping[str, Any]) -> torch.device:
-    """Where results go: the device of the first batched input."""
-    return next(v.device for v in inputs.values() if isinstance(v, Tensor) and v.ndim > 0)

@@ -28,6 +28,7 @@ and eight draws cost one Philox. ``leapalign.kernels.host.native`` does the same
 import torch
 from torch import Tensor
 
+AVERAGE_STREAM = 1 << 61  # the draws of a bf16 average are those of elements that no parameter has
 DRAWS_PER_BLOCK = 8
 WORD = 0xFFFFFFFF
 ROUNDS = 7  # of Philox

@@ -1,7 +1,9 @@
 """A toy method, executor, reward, family and command, each one file outside the package, found and used."""
 
+import importlib
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -119,7 +121,7 @@ class Linear(torch.nn.Module):
         return (hidden_states @ self.weight,)
 
 
-def arguments(steps: int = 4) -> tuple:
+def arguments(steps: int = 4) -> tuple[Any, ...]:
     noise = torch.randn(2, 5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     return Linear(), {}, noise, torch.linspace(1, 0, steps + 1, dtype=torch.float64), lambda x: x.sum((1, 2)) - 50
 
@@ -138,7 +140,7 @@ def literal(model, noise, sigmas, step):
 
 def test_a_method_from_outside(outside) -> None:
     outside("toy_method", METHOD)
-    from toy_method import OneStep
+    OneStep = importlib.import_module("toy_method").OneStep
 
     model, conditioning, noise, sigmas, reward = arguments()
     found = alignment_gradients(model, conditioning, noise, sigmas, reward, OneStep(threshold=0.0))
@@ -154,14 +156,16 @@ def test_an_executor_from_outside(outside, by) -> None:
     outside("toy_executor", EXECUTOR, *(("executors", "toy_executor:doubled") if by == "entry point" else ()))
     from leapalign import LeapAlign
 
+    gradients: Any = alignment_gradients
     name = "toy" if by == "entry point" else "toy_executor:doubled"
-    given, pairs = arguments(), torch.tensor([[0, 2], [1, 3]])
-    once = alignment_gradients(*given, LeapAlign(threshold=0.0), pairs=pairs)
-    twice = alignment_gradients(*given, LeapAlign(threshold=0.0), pairs=pairs, executor=name)
+    given: Any = arguments()
+    pairs = torch.tensor([[0, 2], [1, 3]])
+    once = gradients(*given, LeapAlign(threshold=0.0), pairs=pairs)
+    twice = gradients(*given, LeapAlign(threshold=0.0), pairs=pairs, executor=name)
     assert once.grads["weight"].any()
     torch.testing.assert_close(twice.grads["weight"], 2 * once.grads["weight"], rtol=0, atol=0)
     with pytest.raises(ValueError, match="executor='toy' takes no sink|takes no sink"):
-        alignment_gradients(*given, LeapAlign(), executor=name, sink=object())  # type: ignore[arg-type]
+        gradients(*given, LeapAlign(), executor=name, sink=object())
 
 
 def test_a_reward_from_outside(outside) -> None:

@@ -19,9 +19,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import commands, sources
+from bench import sources
 from bench.record import RESULTS
-from bench.report import figures
+from bench.report import commands, figures
 from bench.report.figures import Data, Figure
 from bench.report.markdown import made_on, threads
 from bench.report.sections import SECTIONS, Section

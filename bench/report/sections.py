@@ -8,8 +8,8 @@ from functools import partial
 from typing import Any
 
 from bench import commands
-from bench.commands import Command
 from bench.report import figures, memory_tables, speed_tables, step_tables, training_tables
+from bench.report.commands import Command
 from bench.report.figures import Figure
 
 Make = Callable[[Sequence[dict[str, Any]]], str]

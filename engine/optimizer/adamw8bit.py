@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -13,9 +13,7 @@ from torch import Tensor
 from leapalign.engine.backbones.modulation import OuterProduct
 from leapalign.engine.optimizer.update import Gradient, Group, Kernels, Updater
 from leapalign.engine.passes.autograd import GRAD, adopt_grads
-
-if TYPE_CHECKING:
-    from leapalign.engine.model import StreamedModel
+from leapalign.engine.passes.protocols import Streamed
 
 Clip = Literal["global", "block", "none"]
 Master = Literal["stochastic", "residual", "float32"]
@@ -94,7 +92,7 @@ class AdamW8bit(torch.optim.Optimizer):
         self.skipped = 0
         self.gradient_norm = math.nan
         self._fused: tuple[AbstractContextManager[InBackward], InBackward] | None = None
-        self._model: StreamedModel | None = None
+        self._model: Streamed | None = None
 
     @property
     def placement(self) -> Literal["host", "device"]:
@@ -106,7 +104,7 @@ class AdamW8bit(torch.optim.Optimizer):
         """Where a sink wants its gradients."""
         return self.placement == "host"
 
-    def bind(self, model: StreamedModel) -> None:
+    def bind(self, model: Streamed) -> None:
         """Take the model's parameters; called by StreamedModel.
 
         Raises:
@@ -281,8 +279,8 @@ class AdamW8bit(torch.optim.Optimizer):
 
     # ---- inside ----------------------------------------------------------------------------------------------------
 
-    def _bound(self) -> StreamedModel:
-        assert self._model is not None, "AdamW8bit belongs to no StreamedModel yet"
+    def _bound(self) -> Streamed:
+        assert self._model is not None, "AdamW8bit belongs to no Streamed yet"
         return self._model
 
     def _groups(self) -> dict[str, Group]:

@@ -1,4 +1,4 @@
-"""One unit's AdamW update on the host or on the device: which bytes go where. kernels/adamw8bit/definition.py has the sums."""
+"""One unit's AdamW update on the host or on the device: which bytes go where. kernels/adamw8bit has the sums."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from leapalign.engine.backbones.modulation import OuterProduct
 from leapalign.engine.memory.store import ALIGNMENT
+from leapalign.engine.passes.protocols import Streamed
 from leapalign.engine.streaming.streamer import Buffer
 from leapalign.kernels.adamw8bit import host as host_adamw8bit
 from leapalign.kernels.adamw8bit.definition import Hyper, update
@@ -21,9 +22,6 @@ from leapalign.kernels.adamw8bit.quantize import BLOCK
 from leapalign.kernels.dispatch import reaches_device
 from leapalign.kernels.host.pool import Handle
 from leapalign.kernels.sum_of_squares import sum_of_squares, sum_of_squares_torch
-
-if TYPE_CHECKING:
-    from leapalign.engine.model import StreamedModel
 
 Gradient = Tensor | OuterProduct
 
@@ -67,7 +65,7 @@ class Updater:
 
     def __init__(
         self,
-        model: StreamedModel,
+        model: Streamed,
         *,
         placement: Literal["host", "device"],
         master: Literal["stochastic", "residual", "float32"],

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from leapalign.engine.passes.evaluation import Leg, batch_size
-
-if TYPE_CHECKING:
-    from leapalign.engine.model import StreamedModel
+from leapalign.engine.passes.protocols import Fused, Streamed
 
 GRAD = "grad"  # the store's kind whose regions are the parameters' `grad`
 
@@ -23,7 +21,7 @@ class EvaluationNode(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, anchor: Tensor, model: StreamedModel, inputs: dict[str, Any], names: tuple[str, ...], *tensors: Tensor
+        ctx: Any, anchor: Tensor, model: Streamed, inputs: dict[str, Any], names: tuple[str, ...], *tensors: Tensor
     ) -> Tensor:
         """
         Args:
@@ -47,7 +45,7 @@ class EvaluationNode(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
-        model: StreamedModel = ctx.model
+        model: Streamed = ctx.model
         saved = iter(ctx.saved_tensors)
         inputs = {name: next(saved) if value is None else value for name, value in ctx.inputs.items()}
         if model.weights_version() != ctx.version:
@@ -59,8 +57,8 @@ class EvaluationNode(torch.autograd.Function):
         anchor = ctx.next_functions[0][0]
         # autograd.grad(loss, input) and backward(inputs=...) must leave `parameter.grad` alone.
         if anchor is not None and torch._C._will_engine_execute_node(anchor):
-            fused = model.optimizer is not None and model.optimizer.fused_backward
-            found = _update(model, leg) if fused else _add_to_grad(model, leg)
+            optimizer = model.fused_optimizer
+            found = _add_to_grad(model, leg) if optimizer is None else _update(model, optimizer, leg)
         else:
             (found,) = model.vjp([leg])
         if not torch._C._autograd._get_current_graph_task_keep_graph():
@@ -70,15 +68,14 @@ class EvaluationNode(torch.autograd.Function):
         return None, None, None, None, *(found[name].to(inputs[name].device) for name in ctx.names)
 
 
-def _update(model: StreamedModel, leg: Leg) -> dict[str, Tensor]:
+def _update(model: Streamed, optimizer: Fused, leg: Leg) -> dict[str, Tensor]:
     """Update every unit by the weight gradients of one leg as they are finished; returns its input gradients."""
-    assert model.optimizer is not None
-    with model.optimizer.fused() as sink:
+    with optimizer.fused() as sink:
         (found,) = model.vjp([leg], params="deliver", sink=sink)
     return found
 
 
-def _add_to_grad(model: StreamedModel, leg: Leg) -> dict[str, Tensor]:
+def _add_to_grad(model: Streamed, leg: Leg) -> dict[str, Tensor]:
     """Add the weight gradients of one leg to `parameter.grad`; returns its input gradients."""
     adopt_grads(model)
     (found,) = model.products([leg], "accumulate", GRAD, None)
@@ -90,7 +87,7 @@ def _add_to_grad(model: StreamedModel, leg: Leg) -> dict[str, Tensor]:
     return found
 
 
-def adopt_grads(model: StreamedModel) -> None:
+def adopt_grads(model: Streamed) -> None:
     """Make the store's "grad" regions say what the parameters say.
 
     They are the memory of every `grad` that a backward pass made; but after `zero_grad()` there is none, and somebody
@@ -114,7 +111,7 @@ def adopt_grads(model: StreamedModel) -> None:
                 view.copy_(gradient)
 
 
-def count_steps(model: StreamedModel) -> Callable[[], None]:
+def count_steps(model: Streamed) -> Callable[[], None]:
     """Refresh the model after every step of an optimizer that has one of its parameters; returns what ends that.
 
     The fused optimizers change weights without their version counters.

@@ -303,3 +303,14 @@ def _add(total: Tensor, leaf: Tensor) -> None:
     assert leaf.grad is not None
     total.add_(leaf.grad)
     leaf.grad = None
+
+
+def check_input_grads(legs: Sequence[Leg]) -> None:
+    """ValueError if there is no leg, or `input_grads` of one names no floating input."""
+    if not legs:
+        raise ValueError("a product of no legs: give at least one")
+    for leg in legs:
+        for name in leg.input_grads:
+            value = leg.inputs.get(name)
+            if not isinstance(value, Tensor) or not value.is_floating_point():
+                raise ValueError(f"input_grads names {name!r}, which is no floating tensor among the leg's inputs")

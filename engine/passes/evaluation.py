@@ -229,3 +229,8 @@ def compact(index: Sequence[int]) -> Rows:
     if list(index) == list(range(first, first + len(index))):
         return slice(first, first + len(index))
     return list(index)
+
+
+def home_of(inputs: Mapping[str, Any]) -> torch.device:
+    """Where results go: the device of the first batched input."""
+    return next(v.device for v in inputs.values() if isinstance(v, Tensor) and v.ndim > 0)

@@ -13,10 +13,10 @@ from __future__ import annotations
 from functools import cached_property
 from math import prod
 
-from leapalign.engine.model import STAGING_SLOTS
 from leapalign.engine.passes.hoisting import ROWS
 from leapalign.engine.planning.placement import Setting, page
 from leapalign.engine.planning.stage_costs import Part, rounded, state_bytes
+from leapalign.engine.streaming.activations import STAGING_SLOTS
 from leapalign.engine.streaming.weights import SCRATCH_BYTES
 
 HOST_BASE = 2**30  # Python, torch and the CUDA context's share of host memory

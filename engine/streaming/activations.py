@@ -21,6 +21,8 @@ Placement: TypeAlias = Literal["device", "host"]
 
 ALIGNMENT = 512  # bytes: the CUDA allocator's own, so that kernels may take their widest loads
 
+STAGING_SLOTS = 8  # 3 are read, 3 prefetched (input, modulation, gradient), 2 leave
+
 
 class SampleStates:
     """A tuple of (rows, *shape) tensors, one for each spec, written and read by rows. Made by `Staging.states`.

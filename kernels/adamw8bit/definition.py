@@ -43,10 +43,9 @@ import torch
 from torch import Tensor
 
 from leapalign.kernels.adamw8bit.quantize import BLOCK, blocks_of, dequantize, quantize, signed_map, unsigned_map
-from leapalign.kernels.rounding import check_stream, round_stochastic
+from leapalign.kernels.rounding import AVERAGE_STREAM, check_stream, round_stochastic
 
 CHUNK = 1 << 20  # elements at a time: temporaries stay near 64 MiB, whatever the size of the run
-AVERAGE_STREAM = 1 << 61  # the draws of a bf16 average are those of elements that no parameter has
 
 
 @dataclass(frozen=True)

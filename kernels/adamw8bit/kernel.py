@@ -1,4 +1,4 @@
-"""One step of 8-bit AdamW as a Triton kernel, bit for bit `leapalign.kernels.adamw8bit.definition`, which has the equations.
+"""One step of 8-bit AdamW as a Triton kernel, bit for bit that of `leapalign.kernels.adamw8bit.definition`.
 
 A program takes eight blocks of 256 elements: it decodes m and √v, makes the step, rounds the weights, and encodes both
 moments again, all in registers. Where it reads otherwise than the definition:
@@ -29,11 +29,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from leapalign.kernels.adamw8bit.definition import AVERAGE_STREAM, Hyper, scalars
+from leapalign.kernels.adamw8bit.definition import Hyper, scalars
 from leapalign.kernels.adamw8bit.quantize import BLOCK, boundaries, signed_map, unsigned_map
 from leapalign.kernels.compilation import Compilation
 from leapalign.kernels.dispatch import jit, tl, triton
-from leapalign.kernels.rounding import DRAWS_PER_BLOCK, ROUNDS, WORD
+from leapalign.kernels.rounding import AVERAGE_STREAM, DRAWS_PER_BLOCK, ROUNDS, WORD
 
 BLOCKS = 8  # a program's tile: with 128 threads 16 elements each, so that a load of codes has 16 bytes
 WARPS = 4

@@ -1,4 +1,4 @@
-"""The backward of `leapalign.kernels.blocks.qk_norm_rope`: one pass over dq', dk', q and k, and a small one over partial sums.
+"""The backward of `qk_norm_rope`: one pass over dq', dk', q and k, and a small one over partial sums.
 
 In its names, with the gradient dy of a head and R^T = -R:
 

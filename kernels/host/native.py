@@ -29,7 +29,6 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from leapalign.kernels import rounding
-from leapalign.kernels.adamw8bit.definition import AVERAGE_STREAM
 from leapalign.kernels.host.pool import Finished, Handle
 from leapalign.kernels.pairwise_sum import sum_of_squares_reference
 
@@ -263,7 +262,7 @@ def ema(
     _check_pair(average, weights, "ema", FLOATS, FLOATS)
     if not 0 <= decay < 1:
         raise ValueError(f"ema: decay={decay} must be in [0, 1)")
-    place = AVERAGE_STREAM + first
+    place = rounding.AVERAGE_STREAM + first
     rounding.check_stream(seed, step, parameter, place if first >= 0 else first, average.numel())
     target, source = average.detach().view(-1), weights.detach().view(-1)
 

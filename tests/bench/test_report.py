@@ -8,10 +8,10 @@ import shlex
 
 import pytest
 
-from bench import commands, record, sources
+from bench import record, sources
 from bench.__main__ import COMMANDS, main, parser
 from bench.report import command as report
-from bench.report import figures
+from bench.report import commands, figures
 from bench.report.markdown import NOTHING
 from bench.report.sections import SECTIONS
 from leapalign import __version__

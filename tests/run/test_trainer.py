@@ -133,9 +133,9 @@ def test_the_text_encoders_are_loaded_once_and_not_kept(
     encode = embeddings._encode
     calls: list[list[str]] = []
 
-    def counted(source: Path, prompts: list[str], *rest: Any) -> None:
+    def counted(family: Any, source: Path, prompts: list[str], *rest: Any) -> None:
         calls.append(prompts)
-        encode(source, prompts, *rest)
+        encode(family, source, prompts, *rest)
 
     monkeypatch.setattr(embeddings, "_encode", counted)
     run = Trainer(tiny_config(folder, tmp_path / "run", max_train_steps=2), reward=ColourReward())

@@ -8,13 +8,8 @@ import pytest
 import torch
 from diffusers import FluxPipeline
 
-from leapalign.zoo.shapes import (
-    PIPELINE_FOLDER,
-    REWARD_FOLDER,
-    checker,
-    train_autoencoder,
-    train_flow,
-)
+from leapalign.zoo.shapes import PIPELINE_FOLDER, REWARD_FOLDER, checker
+from leapalign.zoo.shapes.pretraining import train_autoencoder, train_flow
 from leapalign.zoo.shapes.pretraining.corruptions import corrupt
 from leapalign.zoo.shapes.pretraining.networks import T5_TOKENS
 from leapalign.zoo.shapes.pretraining.train_reward import SpecTable, hard_negatives

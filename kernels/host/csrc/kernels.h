@@ -16,7 +16,7 @@ struct Stream {
 constexpr uint32_t kPhiloxA = 0xD2511F53u, kPhiloxC = 0xCD9E8D57u;        // multiply words 0 and 2
 constexpr uint32_t kPhiloxKey0 = 0x9E3779B9u, kPhiloxKey1 = 0xBB67AE85u;  // added to the key each round
 
-constexpr uint64_t kAverageStream = uint64_t{1} << 61;  // adamw8bit.AVERAGE_STREAM
+constexpr uint64_t kAverageStream = uint64_t{1} << 61;  // rounding.AVERAGE_STREAM
 
 // A buffer of fp32 or bf16.
 struct Floats {

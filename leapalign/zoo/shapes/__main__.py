@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from leapalign.zoo.shapes import train_autoencoder, train_flow, train_guidance, train_reward
+from leapalign.zoo.shapes.pretraining import train_autoencoder, train_flow, train_guidance, train_reward
 from leapalign.zoo.shapes.pretraining.export import export
 
 STAGES = {

@@ -66,7 +66,7 @@ def test_without_triton_the_references_run() -> None:
     program = (
         "import sys; sys.modules['triton'] = None\n"
         "import torch\n"
-        "from leapalign.kernels import gated, gated_modulate, modulate, rows\n"
+        "from leapalign.kernels.blocks import gated, gated_modulate, modulate, rows\n"
         "x, v = torch.ones(1, 2, 3), torch.ones(1, 3)\n"
         "assert torch.equal(modulate.layer_norm_modulate(x, v, v), x)\n"
         "assert torch.equal(gated_modulate.gated_residual_modulate(x, v, x, v, v)[0], x + x)\n"

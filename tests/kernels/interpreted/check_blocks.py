@@ -1,4 +1,4 @@
-"""A whole FLUX and a whole SD3 on the kernels, interpreted; tests/engine/backbones/test_fused_blocks.py runs this file."""
+"""A whole FLUX and a whole SD3 on the kernels, interpreted; run by tests/engine/backbones/test_fused_blocks.py."""
 
 from typing import Any
 

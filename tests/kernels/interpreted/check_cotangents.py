@@ -1,4 +1,4 @@
-"""The kernels of the cotangents and connectors under Triton's interpreter. Run by tests/kernels/leap/test_cotangents.py.
+"""The cotangents' and connectors' kernels under Triton's interpreter. Run by tests/kernels/leap/test_cotangents.py.
 
 Bounds, with u = 2^-24 and every intermediate in float32: -j g is one product. y = g + alpha u rounds alpha, the
 product and the sum: off by e = u (2 |alpha u| + |y|), which is not relative to y where g and u cancel. c_k = (j - k) y

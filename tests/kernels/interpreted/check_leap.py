@@ -1,4 +1,4 @@
-"""`leapalign.kernels.leap.prediction` under Triton's interpreter, against float64. Run by tests/kernels/leap/test_prediction.py.
+"""Leap prediction under Triton's interpreter, against float64. Run by tests/kernels/leap/test_prediction.py.
 
 Bounds, with u = 2^-24 and every intermediate in float32. A prediction x - s v rounds the width s, the product and the
 difference: off by at most e = u (2 |s v| + |x - s v|), and by an eps of bfloat16 more where it is stored in that: the

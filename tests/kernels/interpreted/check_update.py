@@ -1,4 +1,4 @@
-"""The device's update with Triton equals the one in torch bit for bit: run by tests/engine/optimizer/test_update_kernels.py.
+"""The device's update with Triton equals torch's bit for bit; run by tests/engine/optimizer/test_update_kernels.py.
 
 Blocks run in torch: what is compared is what the optimizer does with their gradients.
 """
