@@ -23,7 +23,6 @@ from leapalign.engine.plan import MemoryPlan
 from leapalign.engine.planning.workload import Budget
 from leapalign.families.published import FLUX1_DEV, SD35_MEDIUM
 
-SUMMARY = "device memory of one step on the real model's shapes, and against trajectory length"
 ARCHITECTURES: Mapping[str, Mapping[str, Any]] = {"flux1_dev": FLUX1_DEV, "sd35_medium": SD35_MEDIUM}
 _GIB = 2**30
 _LISTED = 12  # rows of what is alive at the peak

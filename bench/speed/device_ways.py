@@ -77,7 +77,7 @@ class Resident(Way):
 
 
 class Plain(Resident):
-    """One graph through both leaps and the reward (leapalign/executors/reference.py), gradients summed over microbatches."""
+    """One graph through both leaps and the reward (as leapalign/executors/reference.py), summed over microbatches."""
 
     def step(self, number: int, steps: int) -> Step:
         given, losses = self._given(number, steps), []

@@ -38,8 +38,6 @@ from leapalign.method.gradients import alignment_gradients
 from leapalign.method.surrogates import LeapAlign
 from leapalign.rewards import LatentReward, RewardModel, load_reward
 
-SUMMARY = "bits and distances of the weights after 50 steps, with one decision of the plan changed at a time"
-
 BATCH, ROLLOUT_STEPS = 2, 3
 ALPHA, TAU = 0.3, 0.1
 SEED = 0

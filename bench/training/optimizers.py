@@ -35,8 +35,6 @@ from leapalign.method.gradients import alignment_gradients
 from leapalign.method.surrogates import LeapAlign
 from leapalign.rewards import LatentReward, load_reward
 
-SUMMARY = "reward curves of 8-bit AdamW with stochastic rounding beside float32 and round-to-nearest"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `python -m bench optimizers`."""
