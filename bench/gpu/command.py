@@ -36,7 +36,6 @@ from bench.gpu import file as gpu_file
 from bench.gpu.words import table
 from bench.sources import digests
 
-SUMMARY = "every measurement that needs a GPU, in stages and within minutes; --tiny tries it out on the CPU"
 _ROOT = Path(__file__).parents[2]
 _START = 120.0  # seconds for a process to begin its first stage
 _GRACE = 10.0  # and for a stage to end by itself

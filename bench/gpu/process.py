@@ -1,4 +1,4 @@
-"""The process in which stages of `python -m bench gpu` run; bench/gpu/command.py starts it with JSON."""
+"""The process in which stages of `python -m bench gpu` run; bench/gpu/command.py starts it."""
 
 from __future__ import annotations
 

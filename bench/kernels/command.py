@@ -31,7 +31,6 @@ from bench.kernels.cases import Case, Shapes, Tensors
 from bench.kernels.compilation import ARCHITECTURES, Compiled
 from bench.kernels.timing import Call, sets_of_inputs, timed
 
-SUMMARY = "the Triton kernels: compiled for every GPU without one, or timed on the GPU here"
 _REPEATS = 50
 SEED = 0  # of the inputs
 _TINY = {"heads": 2, "head_dim": 32, "text": 8, "channels": 16, "samples": 2, "parameters": 8192}

@@ -32,7 +32,7 @@ from leapalign.kernels.compilation import Compilation
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)  # A100, RTX 30x0 and A40, RTX 40x0 and L40, H100, B200, RTX 50x0
 FILES = (
     *("leap.prediction", "leap.cotangents"),
-    *("blocks.modulate", "blocks.gated", "blocks.gated_modulate", "blocks.rows", "blocks.qk_norm_rope"),
+    *(f"blocks.{name}" for name in ("modulate", "gated", "gated_modulate", "rows", "qk_norm_rope")),
     *("adamw8bit.kernel", "sum_of_squares"),
 )
 WIDE = 16  # bytes

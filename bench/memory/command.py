@@ -24,7 +24,6 @@ from leapalign.engine.planning.workload import Budget
 from leapalign.families.flux import FLUX1_DEV
 from leapalign.families.sd3 import SD35_MEDIUM
 
-SUMMARY = "device memory of one step on the real model's shapes, and against trajectory length"
 ARCHITECTURES: Mapping[str, Mapping[str, Any]] = {"flux1_dev": FLUX1_DEV, "sd35_medium": SD35_MEDIUM}
 _GIB = 2**30
 _LISTED = 12  # rows of what is alive at the peak

@@ -32,7 +32,6 @@ from leapalign.engine.passes.autograd import GRAD
 from leapalign.engine.plan import MemoryPlan
 from leapalign.families.flux import FLUX1_DEV
 
-SUMMARY = "bytes a parameter that optimizers keep, ours beside bitsandbytes, torchao, FlashOptim and torch"
 _WIDTH = FLUX1_DEV["num_attention_heads"] * FLUX1_DEV["attention_head_dim"]
 _OTHERS = ("bitsandbytes", "torchao", "flashoptim")
 

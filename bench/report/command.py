@@ -28,7 +28,6 @@ from bench.report.sections import SECTIONS, Section
 from bench.report.step_tables import parts
 from leapalign import __version__
 
-SUMMARY = "write docs/benchmarks.md, its figures, and the tables in README.md from the result files"
 ROOT = Path(__file__).parents[2]
 README, PAGE = ROOT / "README.md", ROOT / "docs" / "benchmarks.md"
 FIGURES = ROOT / "docs" / "figures"

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from bench import commands
-from bench.report import figures, memory_tables, speed_tables, step_tables, training_tables
+from bench.report import commands, figures, memory_tables, speed_tables, step_tables, training_tables
 from bench.report.commands import Command
 from bench.report.figures import Figure
 

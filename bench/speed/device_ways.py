@@ -16,9 +16,7 @@ from leapalign.engine.plan import MemoryPlan
 from leapalign.engine.planning.costs import predict
 from leapalign.engine.planning.planner import Planner
 from leapalign.executors.reference import connect, discount, distance, leap, similarity_weights
-from leapalign.gradients import alignment_gradients
-from leapalign.method.reward_gradient import hinge
-from leapalign.method.task import timed
+from leapalign.method.gradients import alignment_gradients, hinge, timed
 from leapalign.method.trajectory import rollout
 
 
@@ -79,7 +77,7 @@ class Resident(Way):
 
 
 class Plain(Resident):
-    """One graph through both leaps and the reward (executors/reference.py), gradients summed over microbatches."""
+    """One graph through both leaps and the reward (as leapalign/executors/reference.py), summed over microbatches."""
 
     def step(self, number: int, steps: int) -> Step:
         given, losses = self._given(number, steps), []

@@ -33,8 +33,6 @@ from leapalign.kernels.adamw8bit.definition import Hyper, update
 from leapalign.kernels.adamw8bit.quantize import BLOCK
 from leapalign.kernels.host import native as host
 
-SUMMARY = "parameters a second of the 8-bit AdamW in C++ beside torch's, bitsandbytes' and what memory gives"
-
 Run = Callable[[], object]
 _BYTES = 2 + 2 + 2 * (1 + 4 / BLOCK), 2 + 2 * (1 + 4 / BLOCK)  # read and written a parameter, bf16 gradient
 _BYTES_FUSED = {torch.float32: 28, torch.bfloat16: 14}  # weights, two moments both ways, gradient

@@ -1,4 +1,4 @@
-"""Times the ways of bench/speed/step_ways.py: a short step that compiles, a watched one, and those that count.
+"""Times the ways of bench/speed/step_ways.py: a short step that allocates, a watched one, those that count.
 
 Medians are reported, and as spread what lies between the quickest step and the slowest, relative to the median. FLOP/s
 are those of the arithmetic that a way carries out, what it computes twice counted twice (engine/planning/counting.py:

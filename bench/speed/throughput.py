@@ -35,7 +35,6 @@ from leapalign.engine.memory.sizes import parse_bytes
 from leapalign.engine.planning.planner import Planner
 from leapalign.engine.planning.workload import Budget
 
-SUMMARY = "seconds of an optimizer step by phase: streamed under device caps, resident, and a plain trainer"
 WAYS = ("streamed", "resident", "plain")
 CAPS = "24GiB,48GiB"
 SMALL_CAPS = "8MiB,1GiB"  # of shapes on a CPU: blocks have to be streamed in the first, in the second none has to

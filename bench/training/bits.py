@@ -38,8 +38,6 @@ from leapalign.method.leapalign import LeapAlign
 from leapalign.planning.configured import configured_reward, prompt_store
 from leapalign.rewards import LatentReward, RewardModel
 
-SUMMARY = "bits and distances of the weights after 50 steps, with one decision of the plan changed at a time"
-
 BATCH, ROLLOUT_STEPS = 2, 3
 ALPHA, TAU = 0.3, 0.1
 SEED = 0

@@ -34,8 +34,6 @@ from leapalign.config.loading import load_config
 from leapalign.errors import UsageError
 from leapalign.run.trainer import Trainer
 
-SUMMARY = "reward curves of whole training runs: 8-bit AdamW with bfloat16 weights and fused kernels beside float32"
-
 BASELINE, YARDSTICK = "float32", "float32, half microbatch"
 _8BIT = ["--optimizer", "adamw8bit", "--weight_dtype", "bf16", "--optimizer_device", "host"]
 _FUSED = ["--kernels", "triton"]

@@ -35,8 +35,6 @@ from leapalign.method.leapalign import LeapAlign
 from leapalign.planning.configured import configured_reward, prompt_store
 from leapalign.rewards import LatentReward
 
-SUMMARY = "reward curves of 8-bit AdamW with stochastic rounding beside float32 and round-to-nearest"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `python -m bench optimizers`."""

@@ -20,8 +20,6 @@ from leapalign.errors import UsageError
 from leapalign.evaluation.metrics import estimate
 from leapalign.run.trainer import Trainer
 
-SUMMARY = "reward and rule-based accuracy before and after alignment, over seeds"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `python -m bench quality`."""

@@ -31,7 +31,6 @@ from leapalign.zoo.shapes.pretraining.train_flow import pack
 from leapalign.zoo.shapes.prompts import sample_specs
 from leapalign.zoo.shapes.scenes import render, sample_scenes
 
-SUMMARY = "8-bit AdamW over 1,000 steps of flow matching, beside float32 and bitsandbytes"
 RESOLUTION = 32
 SCENES, HELD_OUT, BATCH, LOOKS = 512, 128, 16, 10
 

@@ -9,7 +9,7 @@ import shlex
 import pytest
 
 from bench import record, sources
-from bench.__main__ import COMMANDS, main, parser
+from bench.__main__ import COMMANDS, GROUPS, main, parser
 from bench.report import command as report
 from bench.report import commands, figures
 from bench.report.markdown import NOTHING
@@ -58,6 +58,16 @@ def test_every_command_that_is_told_exists():
     """Of what is not measured, too; commands that are not there yet belong to sections that are not measured."""
     told = re.findall(r"python -m bench ([\w-]+)", report.PAGE.read_text())
     assert set(told) == set(COMMANDS)
+
+
+def test_without_a_command_all_are_listed_in_groups(capsys):
+    assert main([]) == 2
+    told = capsys.readouterr().err
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
+    for listed in (told, capsys.readouterr().out):
+        assert all(f"\n{group}:\n" in listed for group in GROUPS)
+        assert all(f"\n  {name} " in listed for name in COMMANDS)
 
 
 def test_the_overview_is_of_commands_as_they_are():
@@ -194,12 +204,24 @@ def test_a_result_names_the_files_that_have_changed(project):
     before = sources.digests("quality", project)
     assert before.keys() == {"one.py", "two.h"}
     assert sources.changed("quality", before, project) == []
-    (project / "one.py").write_text('"""Says\nmore."""\n# Why.\nx = 1\n')
-    assert sources.changed("quality", before, project) == []  # comments and docstrings decide nothing
+    (project / "one.py").write_text('"""Says\nmore."""\nfrom there import (\n    y,\n)\n# Why.\nx = 1\n')
+    (project / "two.h").write_text('#include "there.h"\nint x;\n')
+    (project / "none.py").write_text('"""Only says."""\nimport y\n')
+    assert sources.changed("quality", before, project) == []  # comments, docstrings and imports decide nothing
     (project / "one.py").write_text("x = 2\n")
     (project / "two.h").unlink()
-    (project / "none.py").write_text("")
+    (project / "none.py").write_text("y = 1\n")
     assert sources.changed("quality", before, project) == ["none.py", "one.py", "two.h"]
+
+
+def test_a_file_that_only_moved_has_not_changed(project, monkeypatch):
+    before = sources.digests("quality", project)
+    (project / "one.py").rename(project / "none.py")
+    assert sources.changed("quality", before, project) == []
+    (project / "one.py").write_text("x = 1\n")
+    assert sources.changed("quality", before, project) == ["none.py"]  # there are two of it now
+    (project / "none.py").write_text("x = 2\n")
+    assert sources.changed("quality", before, project) == ["none.py"]
 
 
 def test_a_string_that_is_no_docstring_counts(project):
@@ -253,21 +275,25 @@ def test_every_command_that_measures_has_sources():
 @pytest.mark.parametrize(
     ("what", "modules"),
     [
-        ("memory", "simulate devices trajectory_measured trajectory_points one_graph live_tensors"),
-        ("throughput", "step_ways step_timing device_ways movement random_models"),
-        ("gpu", "step_ways step_timing device_ways movement ballast gpu_correctness trajectory_measured one_graph"),
-        ("gpu", "kernel_cases kernel_timing optimizer_cases"),
-        ("kernels", "kernel_cases kernel_timing kernel_compilation optimizer_cases"),
-        ("host-optimizer", "host_optimizer"),
+        ("memory", "memory: simulate devices trajectory_measured trajectory_points one_graph live_tensors"),
+        ("throughput", "speed: step_ways step_timing device_ways movement random_models"),
+        ("gpu", "speed: step_ways step_timing device_ways movement"),
+        ("gpu", "gpu: ballast correctness"),
+        ("gpu", "memory: trajectory_measured one_graph"),
+        ("gpu", "kernels: cases timing optimizer_cases"),
+        ("kernels", "kernels: cases timing compilation optimizer_cases"),
+        ("host-optimizer", "speed: host_optimizer"),
     ],
 )
 def test_what_writes_the_numbers_decides_them(what, modules):
     """Who times, counts or makes what is timed; and the project's own code that these use for it."""
-    named = {f"bench/{module}.py" for module in modules.split()}
+    folder, _, names = modules.partition(": ")
+    named = {f"bench/{folder}/{name}.py" for name in names.split()}
     assert named <= sources.digests(what).keys()
     timed = {"engine/planning/rates.py", "engine/planning/counting.py"}
-    method = {f"leapalign/{name}.py" for name in ("alignment", "surrogates", "rollout", "reference")}
-    rounding = {f"kernels/{name}.py" for name in ("quantize", "rounding")}
+    method = {f"leapalign/method/{name}.py" for name in ("gradients", "surrogates", "trajectory")}
+    method.add("leapalign/executors/reference.py")
+    rounding = {"kernels/adamw8bit/quantize.py", "kernels/rounding.py"}
     used = {
         "memory": {"engine/planning/counting.py"},
         "throughput": timed | method | rounding,
