@@ -16,7 +16,9 @@ from leapalign.engine.plan import MemoryPlan
 from leapalign.engine.planning.costs import predict
 from leapalign.engine.planning.planner import Planner
 from leapalign.executors.reference import connect, discount, distance, leap, similarity_weights
-from leapalign.method.gradients import alignment_gradients, hinge, timed
+from leapalign.gradients import alignment_gradients
+from leapalign.method.reward_gradient import hinge
+from leapalign.method.task import timed
 from leapalign.method.trajectory import rollout
 
 
