@@ -141,6 +141,32 @@ def overview(results: Mapping[str, Mapping[str, Any]]) -> str:
     return f"{table(['command', 'measures', 'writes', 'minutes'], rows, left=3)}\n{text}\n"
 
 
+def held(results: Mapping[str, Mapping[str, Any]], *, measured: bool) -> str:
+    """What has a result that holds, with its day and machine; or what has none, with the command that makes one.
+
+    Args:
+        results: {name of the file: result} of those that hold today and that no change has made old.
+    """
+    rows = []
+    for command in ALL:
+        if not command.result and command is not RUN:
+            continue
+        found = [result for name, result in results.items() if _is_of(command, name, result)]
+        if measured and found:
+            machine = found[-1].get("machine", {})
+            rows.append([command.what, found[-1]["date"], machine.get("gpu") or machine.get("cpu") or "see the file"])
+        elif not measured and not found:
+            rows.append([f"{command.what}{command.needs and '; needs a GPU'}", f"`{command.text}`"])
+    if not rows:
+        return "Nothing.\n"
+    return (
+        table(
+            ["measured", "day", "machine"] if measured else ["not measured", "command"], rows, left=3 if measured else 2
+        )
+        + "\n"
+    )
+
+
 def _minutes(command: Command, results: Mapping[str, Mapping[str, Any]]) -> str:
     """Of its file; of the quickest and the slowest run on a GPU."""
     seconds = [

@@ -24,13 +24,12 @@ def quality(results: Results, *, short: bool = False) -> str:
         change = f"{scale * row['change']['mean']:+.{digits}f} ± {scale * row['change']['spread']:.{digits}f}"
         rows.append([_LABELS.get(name, name.replace("_", " ")), *cells, change])
     seeds = result["seeds"]
-    change = result["summary"]["accuracy"]["change"]
     pictures = seeds[0]["before"]["prompts"] * seeds[0]["before"]["images_per_prompt"]
     seconds = sum(s["seconds"] for s in seeds) / len(seeds)
     text = (
-        f"{len(seeds)} seeds, {seeds[0]['steps']} steps each, {pictures} pictures of held-out prompts a seed; change "
-        f"± standard deviation over seeds. Accuracy changed by {change['in_standard_errors']:.1f} standard errors "
-        f"(paired over prompts). {seconds:.0f} s a seed, judging included, with {threads(result['machine'])}."
+        f"{len(seeds)} seeds, {seeds[0]['steps']} steps each, {pictures} pictures of held-out prompts a seed. Behind ± "
+        f"is the standard deviation of the change over seeds. {seconds:.0f} s a seed, judging included, with "
+        f"{threads(result['machine'])}."
     )
     return f"{table(['', 'before', 'after', 'change'], rows)}\n{text} {command([result])}\n"
 

@@ -40,8 +40,10 @@ def test_page_is_what_the_results_give():
 
 
 def test_readme_is_what_the_results_give():
-    text = report.README.read_text()
-    assert report.fill(text, report.load()) == text, TOLD
+    results = report.load()
+    for path in report.documents():
+        text = path.read_text()
+        assert report.fill(text, results) == text, f"{path.name}: {TOLD}"
 
 
 def test_figures_are_of_the_results():
