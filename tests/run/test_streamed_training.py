@@ -27,7 +27,7 @@ from leapalign.planning.workload import plan_run
 from leapalign.run.streamed_state import StreamedState
 from leapalign.run.trainer import Trainer
 from tests.families.tiny_pipeline import PROMPTS, ColourReward, save_tiny_pipeline, tiny_config
-from tests.run.test_trainer import AtCall
+from tests.run.training import AtCall
 
 EIGHT_BIT: dict[str, Any] = {"executor": "streamed", "optimizer": "adamw8bit", "weight_dtype": "bf16"}
 
