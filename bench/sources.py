@@ -31,7 +31,7 @@ _STEP = [
     "engine/memory/module_visit.py",
     "engine/model.py",
     *(f"engine/passes/{name}.py" for name in ("backward", "evaluation", "forward", "held_sums", "hoisting", "vjp")),
-    "engine/planning/placement.py",
+    "engine/planning/planned_step.py",
     "engine/streaming/*.py",
     "leapalign/executors/streamed.py",
 ]
@@ -48,7 +48,10 @@ _TRITON = [
 _ROUNDING = ["kernels/rounding.py", "kernels/adamw8bit/quantize.py", "kernels/pairwise_sum.py"]
 _COUNTED = [f"bench/memory/{name}.py" for name in ("simulate", "devices", "one_graph", "live_tensors", "trajectory_*")]
 _PLAN = [f"engine/planning/{name}.py" for name in ("planner", "costs", "stage_costs", "footprint", "traffic")]
-_WAYS = [f"bench/speed/{name}.py" for name in ("step_ways", "device_ways", "random_models", "step_timing", "movement")]
+_WAYS = [
+    f"bench/speed/{name}.py"
+    for name in ("step_variants", "device_variants", "random_models", "step_timing", "movement")
+]
 _WAYS += _METHOD
 _WAYS += ["leapalign/executors/reference.py"]
 _RATES = ["engine/planning/rates.py", "engine/planning/counting.py"]

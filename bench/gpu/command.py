@@ -33,13 +33,13 @@ from pathlib import Path
 from typing import IO, Any
 
 from bench.gpu import file as gpu_file
-from bench.gpu.words import table
+from bench.gpu.text import table
 from bench.sources import digests
 
 _ROOT = Path(__file__).parents[2]
 _START = 120.0  # seconds for a process to begin its first stage
 _GRACE = 10.0  # and for a stage to end by itself
-SEED = 0  # of the stages' draws: bench.speed.step_ways.SEED, which is not imported here as that takes seconds
+SEED = 0  # of the stages' draws: bench.speed.step_variants.SEED, which is not imported here as that takes seconds
 _LAST = 6  # lines of a broken process's output that are kept
 _INTERRUPTED = 3  # exit code, as leapalign's own
 

@@ -169,7 +169,7 @@ def whole_ways(context: Context) -> None:
 
 
 def _throughput(context: Context, sizes: Any, caps: tuple[str, ...], kinds: tuple[str, ...]) -> None:
-    from bench.speed.step_ways import Task
+    from bench.speed.step_variants import Task
     from bench.speed.throughput import Measurement
 
     microbatch, repeats = (1, 1) if context.tiny else (None, REPEATS)
@@ -219,7 +219,7 @@ def trajectory(context: Context) -> None:
 
 def _steps(context: Context, cap: str) -> None:
     from bench.gpu.ballast import ballast
-    from bench.speed.step_ways import cap_on, card_bytes, host_bytes
+    from bench.speed.step_variants import cap_on, card_bytes, host_bytes
 
     limit = parse_bytes(cap)
     faults: list[str] = []
@@ -251,7 +251,7 @@ def _step(
 ) -> dict[str, Any]:
     from bench.speed import random_models
     from bench.speed.step_timing import machine_here, measured, outcome
-    from bench.speed.step_ways import Task, planner_of, streamed
+    from bench.speed.step_variants import Task, planner_of, streamed
     from bench.speed.throughput import TINY_CAP
 
     sizes, device, pixels = random_models.flux1_dev(), context.device, resolution

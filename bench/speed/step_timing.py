@@ -1,4 +1,4 @@
-"""Times the ways of bench/speed/step_ways.py: a short step that allocates, a watched one, those that count.
+"""Times the ways of bench/speed/step_variants.py: a short step that allocates, a watched one, those that count.
 
 Medians are reported, and as spread what lies between the quickest step and the slowest, relative to the median. FLOP/s
 are those of the arithmetic that a way carries out, what it computes twice counted twice (engine/planning/counting.py:
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from bench.speed.movement import watched
-from bench.speed.step_ways import Step, Streamed, Way
+from bench.speed.step_variants import Step, Streamed, Way
 from leapalign.engine.ledger import Measured
 from leapalign.engine.planning.planner import BudgetError
 from leapalign.engine.planning.rates import copy_rates, host_rates, matmul_flops_per_s

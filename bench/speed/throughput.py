@@ -1,6 +1,6 @@
 """Seconds of an optimizer step by phase, images and TFLOP a second, and what was copied, beside the other ways to it.
 
-Which ways there are: bench/speed/step_ways.py; how they are timed: bench/speed/step_timing.py. Weights are random,
+Which ways there are: bench/speed/step_variants.py; how they are timed: bench/speed/step_timing.py. Weights are random,
 sizes are real.
 """
 
@@ -16,10 +16,10 @@ from typing import Any
 import torch
 
 from bench import record
-from bench.speed.device_ways import Plain, Resident
+from bench.speed.device_variants import Plain, Resident
 from bench.speed.random_models import MODELS, tiny
 from bench.speed.step_timing import Left, faults_of, machine_here, measured, outcome
-from bench.speed.step_ways import (
+from bench.speed.step_variants import (
     SEED,
     Streamed,
     Task,
@@ -30,7 +30,7 @@ from bench.speed.step_ways import (
     planner_of,
     streamed,
 )
-from bench.speed.throughput_words import table, told
+from bench.speed.throughput_text import table, told
 from leapalign.engine.memory.sizes import parse_bytes
 from leapalign.engine.planning.planner import Planner
 from leapalign.engine.planning.workload import Budget

@@ -13,7 +13,7 @@ from typing import Literal
 
 from leapalign.engine.plan import MemoryPlan, PhaseCost
 from leapalign.engine.planning.footprint import Footprint
-from leapalign.engine.planning.placement import Known, Setting
+from leapalign.engine.planning.planned_step import Known, PlannedStep
 from leapalign.engine.planning.stage_costs import StageCosts
 from leapalign.engine.planning.traffic import Movements, Reward, Total
 from leapalign.engine.planning.workload import Machine, Workload
@@ -72,7 +72,7 @@ class StepCosts:
         return self._prediction(prospect.choice).plan(prospect.reward, prospect.residency)
 
     def _prediction(self, plan: MemoryPlan) -> _Prediction:
-        return _Prediction(Setting(self._costs, plan, self._workload, self._known), self._machine)
+        return _Prediction(PlannedStep(self._costs, plan, self._workload, self._known), self._machine)
 
     @cached_property
     def _rewards(self) -> list[Reward]:
@@ -83,7 +83,7 @@ class StepCosts:
             rows.append(workload.batch)
         if workload.microbatch is not None:
             rows = [workload.microbatch]
-        movements = Movements(Setting(self._costs, MemoryPlan(), workload, self._known), self._machine)
+        movements = Movements(PlannedStep(self._costs, MemoryPlan(), workload, self._known), self._machine)
         ways = [Reward(load, count) for load in workload.rewards for count in rows]
         front: list[Reward] = []
         seconds = {way: movements.reward(way, "on", 0).seconds for way in ways}
@@ -96,7 +96,7 @@ class StepCosts:
 class _Prediction:
     """One plan's."""
 
-    def __init__(self, setting: Setting, machine: Machine) -> None:
+    def __init__(self, setting: PlannedStep, machine: Machine) -> None:
         self._of, self._machine = setting, machine
         self._bytes, self._moved = Footprint(setting, machine.device_base_bytes), Movements(setting, machine)
         self._phases = list(self._all_phases())  # all but the reward's

@@ -14,7 +14,7 @@ from functools import cached_property
 from math import prod
 
 from leapalign.engine.passes.hoisting import ROWS
-from leapalign.engine.planning.placement import Setting, page
+from leapalign.engine.planning.planned_step import PlannedStep, page
 from leapalign.engine.planning.stage_costs import Part, rounded, state_bytes
 from leapalign.engine.streaming.activations import STAGING_SLOTS
 from leapalign.engine.streaming.weights import SCRATCH_BYTES
@@ -27,7 +27,7 @@ TRANSFORMERS = ("resident weights", "weight slots", "gradient buffer", "staging"
 class Footprint:
     """{what: bytes} of each phase's peak. Dictionaries without zeros are what `PhaseCost.breakdown` shows."""
 
-    def __init__(self, setting: Setting, device_base_bytes: int) -> None:
+    def __init__(self, setting: PlannedStep, device_base_bytes: int) -> None:
         self._of, self._base = setting, device_base_bytes
 
     # ---- the device ------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ _Result = tuple[bool, list[Any]]  # whether it is one value, and (shape, stride,
 _META = torch.device("meta")
 
 
-class Recall(TorchDispatchMode):
+class Replay(TorchDispatchMode):
     """While active, an operator whose arguments were seen before gives new empty tensors at once.
 
     Only where that is the same: the operator changes no argument, and its results share memory with nothing. All

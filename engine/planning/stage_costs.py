@@ -16,7 +16,7 @@ from leapalign.engine.memory.store import Unit
 from leapalign.engine.passes.backward import differentiate, leaves_of
 from leapalign.engine.passes.evaluation import specs
 from leapalign.engine.planning.counting import ALLOCATION, Counting, DeviceCounter, gpu_operators
-from leapalign.engine.planning.replay import Recall
+from leapalign.engine.planning.replay import Replay
 from leapalign.engine.planning.workload import Workload, example_inputs
 from leapalign.engine.streaming.gradients import accumulation
 from leapalign.engine.streaming.partition import modulation_unit, stages_of, units_of
@@ -91,7 +91,7 @@ class StageCosts:
         self.trainable = {name for name, parameter in backbone.module.named_parameters() if parameter.requires_grad}
         self.buffer_bytes = sum(rounded(each.numel() * each.element_size()) for each in backbone.module.buffers())
         self._known: dict[Any, Call] = {}
-        self._recall = Recall()
+        self._recall = Replay()
         self._constants: dict[int, Any] = {}  # by rows
         self._inputs = example_inputs(backbone, workload, 1)
         self.input_specs = {name: (tuple(value.shape), value.dtype) for name, value in self._inputs.items()}

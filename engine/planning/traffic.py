@@ -9,7 +9,7 @@ from itertools import groupby
 
 from leapalign.engine.memory.store import Unit
 from leapalign.engine.passes.hoisting import ROWS
-from leapalign.engine.planning.placement import Setting
+from leapalign.engine.planning.planned_step import PlannedStep
 from leapalign.engine.planning.stage_costs import Part, state_bytes
 from leapalign.engine.planning.workload import Machine, RewardLoad
 
@@ -77,7 +77,7 @@ class Reward:
 class Movements:
     """The totals of each phase, for one batch."""
 
-    def __init__(self, setting: Setting, machine: Machine) -> None:
+    def __init__(self, setting: PlannedStep, machine: Machine) -> None:
         self._of, self._machine = setting, machine
 
     def hoist(self) -> Total:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from leapalign.engine.planning.counting import Counting, DeviceCounter, gpu_operators
-from leapalign.engine.planning.replay import Recall
+from leapalign.engine.planning.replay import Replay
 from leapalign.engine.planning.workload import RewardLoad
 from leapalign.families.source import vae_config
 from leapalign.rewards import tower_of
@@ -20,7 +20,7 @@ from leapalign.rewards.clip import preprocess
 if TYPE_CHECKING:
     from leapalign.config.keys import AlignConfig
 
-_RECALL = Recall()  # both ways of running the reward, and sampling, have most operators in common
+_REPLAY = Replay()  # both ways of running the reward, and sampling, have most operators in common
 BLOCKS = ("ResnetBlock2D", "Attention", "CLIPEncoderLayer")  # classes whose instances are launched one by one
 
 
@@ -64,7 +64,7 @@ def count_reward(
         side = resolution // 2 ** (len(shapes["block_out_channels"]) - 1)
         latents = torch.empty(pictures, shapes["latent_channels"], side, side, requires_grad=gradients)
         held = [value for model in models for value in (*model.parameters(), *model.buffers())]
-        with _RECALL, Counting(counter), torch.set_grad_enabled(gradients):
+        with _REPLAY, Counting(counter), torch.set_grad_enabled(gradients):
             counter.hold([*held, latents], None)
             before = counter.current
             drawn = (decoder.decode(latents, return_dict=False)[0] * 0.5 + 0.5).clamp(0, 1)

@@ -20,13 +20,13 @@ from bench.gpu import file as gpu_file
 from bench.gpu import stages as gpu_stages
 from bench.gpu.command import Events, MachineError, Measurement, Stage
 from bench.gpu.stages import Context
-from bench.gpu.words import table
+from bench.gpu.text import table
 from bench.kernels import cases as kernel_cases
 from bench.kernels import command as kernels
 from bench.memory.trajectory_points import METHODS
 from bench.report.memory_tables import trajectory as trajectory_table
 from bench.report.step_tables import parts
-from bench.speed import step_ways, throughput
+from bench.speed import step_variants, throughput
 
 CPU = torch.device("cpu")
 
@@ -279,7 +279,7 @@ def test_ballast_that_leaves_too_much_is_caught() -> None:
 
 
 def test_a_cap_above_the_card_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(step_ways, "card_bytes", lambda device: 24 * 2**30)
+    monkeypatch.setattr(step_variants, "card_bytes", lambda device: 24 * 2**30)
     monkeypatch.setattr(gpu_stages, "_step", None)
     with pytest.raises(gpu_stages.SkippedError, match=r"cap 48GiB: the card has 24\.00GiB"):
         gpu_stages.step_48(Context(tiny=True, deadline=time.monotonic() + 3600))
@@ -287,11 +287,11 @@ def test_a_cap_above_the_card_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_host_memory_is_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
     """Less 3 % where that is less than what is wanted."""
-    monkeypatch.setattr(step_ways, "host_available", lambda: 100 * 2**30)
-    assert step_ways.host_bytes("112GiB") == step_ways.host_bytes(None) == 97 * 2**30
-    assert step_ways.host_bytes("96GiB") == 96 * 2**30
-    monkeypatch.setattr(step_ways, "host_available", lambda: None)
-    assert step_ways.host_bytes("112GiB") == 112 * 2**30 and step_ways.host_bytes(None) is None
+    monkeypatch.setattr(step_variants, "host_available", lambda: 100 * 2**30)
+    assert step_variants.host_bytes("112GiB") == step_variants.host_bytes(None) == 97 * 2**30
+    assert step_variants.host_bytes("96GiB") == 96 * 2**30
+    monkeypatch.setattr(step_variants, "host_available", lambda: None)
+    assert step_variants.host_bytes("112GiB") == 112 * 2**30 and step_variants.host_bytes(None) is None
 
 
 def test_a_way_that_fails_is_a_fault_of_its_stage(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -140,7 +140,7 @@ def test_without_results_nothing_is_a_number(results_folder):
 
 
 def test_an_unknown_block_is_refused(results_folder):
-    with pytest.raises(ValueError, match="block 'speed'; there are quality, curves"):
+    with pytest.raises(ValueError, match="block 'speed'; there are measured, unmeasured, quality, curves"):
         report.fill(block("speed", ""), {})
 
 
@@ -278,8 +278,8 @@ def test_every_command_that_measures_has_sources():
     ("what", "modules"),
     [
         ("memory", "memory: simulate devices trajectory_measured trajectory_points one_graph live_tensors"),
-        ("throughput", "speed: step_ways step_timing device_ways movement random_models"),
-        ("gpu", "speed: step_ways step_timing device_ways movement"),
+        ("throughput", "speed: step_variants step_timing device_variants movement random_models"),
+        ("gpu", "speed: step_variants step_timing device_variants movement"),
         ("gpu", "gpu: ballast correctness"),
         ("gpu", "memory: trajectory_measured one_graph"),
         ("gpu", "kernels: cases timing optimizer_cases"),
@@ -293,8 +293,8 @@ def test_what_writes_the_numbers_decides_them(what, modules):
     named = {f"bench/{folder}/{name}.py" for name in names.split()}
     assert named <= sources.digests(what).keys()
     timed = {"engine/planning/rates.py", "engine/planning/counting.py"}
-    method = {f"leapalign/method/{name}.py" for name in ("gradients", "surrogates", "trajectory")}
-    method.add("leapalign/executors/reference.py")
+    method = {f"leapalign/method/{name}.py" for name in ("leapalign", "reward_gradient", "surrogates", "trajectory")}
+    method |= {"leapalign/gradients.py", "leapalign/executors/autograd.py", "leapalign/executors/reference.py"}
     rounding = {"kernels/adamw8bit/quantize.py", "kernels/rounding.py"}
     used = {
         "memory": {"engine/planning/counting.py"},

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from bench import record
 from bench.__main__ import main, parser
-from bench.speed import device_ways, random_models, step_timing, step_ways, throughput
-from bench.speed.device_ways import Plain, Resident
+from bench.speed import device_variants, random_models, step_timing, step_variants, throughput
+from bench.speed.device_variants import Plain, Resident
 from bench.speed.movement import watched
 from bench.speed.step_timing import over_plan, rollout_steps
-from bench.speed.step_ways import Step, Task, planner_of
+from bench.speed.step_variants import Step, Task, planner_of
 from leapalign.engine.ledger import Measured
 from leapalign.engine.streaming.streamer import Streamer
 from leapalign.gradients import alignment_gradients
@@ -71,7 +71,7 @@ def test_the_streamed_row_says_what_was_planned(printed: dict[str, Any]) -> None
 
 def test_the_plain_way_has_the_gradient_of_algorithm_1(monkeypatch: pytest.MonkeyPatch) -> None:
     """In float32 and in two microbatches: sums in another order."""
-    monkeypatch.setattr(step_ways, "DTYPE", torch.float32)
+    monkeypatch.setattr(step_variants, "DTYPE", torch.float32)
     way = Plain(task())
     way.microbatch = 2
     monkeypatch.setattr(way, "_update", lambda: None)
@@ -83,7 +83,7 @@ def test_the_plain_way_has_the_gradient_of_algorithm_1(monkeypatch: pytest.Monke
 
 
 def test_the_resident_way_steps_by_its_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(step_ways, "DTYPE", torch.float32)
+    monkeypatch.setattr(step_variants, "DTYPE", torch.float32)
     way = Resident(task())
     monkeypatch.setattr(way, "_update", lambda: None)
     way.step(0, 3)
@@ -161,10 +161,10 @@ def test_the_packaged_model_is_streamed_on_a_cpu(monkeypatch: pytest.MonkeyPatch
     planner = planner_of(measurement.task, measurement._machine)
     plans = []
     monkeypatch.setattr(
-        step_ways, "Streamed", lambda task, planner, budget, **more: plans.append((planner.plan(budget), more))
+        step_variants, "Streamed", lambda task, planner, budget, **more: plans.append((planner.plan(budget), more))
     )
     for limit in (8 * 2**20, 2**30):
-        step_ways.streamed(measurement.task, planner, limit, None)
+        step_variants.streamed(measurement.task, planner, limit, None)
         assert plans[-1][1]["held_to"] == limit
         assert max(phase.device_bytes for phase in plans[-1][0].phases) <= 0.97 * limit
     assert plans[0][0].resident != "all" and plans[1][0].resident == "all"
@@ -180,9 +180,11 @@ def test_a_cap_above_the_card_is_refused_and_not_tried(monkeypatch: pytest.Monke
 def test_all_of_a_card_is_the_cap_that_it_is_sold_as() -> None:
     """One of 24 GiB shows a little less."""
     cap, shown = 24 * 2**30, int(23.6 * 2**30)
-    assert step_ways.cap_on(shown, cap) == shown and step_ways.cap_on(0, cap) == cap == step_ways.cap_on(2 * cap, cap)
+    assert step_variants.cap_on(shown, cap) == shown and step_variants.cap_on(0, cap) == cap == step_variants.cap_on(
+        2 * cap, cap
+    )
     with pytest.raises(ValueError, match="the card has 16.00GiB"):
-        step_ways.cap_on(16 * 2**30, cap)
+        step_variants.cap_on(16 * 2**30, cap)
 
 
 def test_a_way_that_fails_takes_no_row_along(monkeypatch: Any, tmp_path: Any, capsys: Any) -> None:
@@ -236,10 +238,10 @@ def test_bitsandbytes_without_its_library_is_named(monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(sys.modules, "bitsandbytes", ModuleType("bitsandbytes"))
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", optim)
     monkeypatch.setattr(Theirs, "broken", False)
-    assert device_ways.their_adamw(CPU) is Theirs
+    assert device_variants.their_adamw(CPU) is Theirs
     monkeypatch.setattr(Theirs, "broken", True)
-    monkeypatch.setattr(device_ways, "their_adamw", lambda device, tried=device_ways.their_adamw: tried(CPU))
-    found, name = device_ways.eight_bit_adamw(torch.nn.Linear(2, 2), torch.device("cuda"))
+    monkeypatch.setattr(device_variants, "their_adamw", lambda device, tried=device_variants.their_adamw: tried(CPU))
+    found, name = device_variants.eight_bit_adamw(torch.nn.Linear(2, 2), torch.device("cuda"))
     assert type(found) is torch.optim.AdamW
     assert name.startswith("AdamW of torch for bitsandbytes', which is not to be had: 'NoneType' object")
 

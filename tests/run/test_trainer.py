@@ -124,7 +124,7 @@ def test_a_folder_with_a_run_is_left_alone(whole: tuple[Trainer, Outcome]) -> No
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from leapalign import state
+from leapalign.run import state
 from leapalign.run.trainer import Trainer
 from tests.families.tiny_pipeline import ColourReward, tiny_config
 from tests.run.test_trainer import WHOLE

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from leapalign.engine.planning.counting import Counting, DeviceCounter, tensors
-from leapalign.engine.planning.replay import Recall
+from leapalign.engine.planning.replay import Replay
 
 META = torch.device("meta")
 
@@ -22,7 +22,7 @@ def described(tensor):
 def test_a_functional_operator_gives_new_memory_of_the_same_shape(work):
     given = torch.empty(3, 4, 5, device=META).transpose(0, 2)
     expected = tensors(work(given))
-    with Recall():
+    with Replay():
         first, second = tensors(work(given)), tensors(work(given))
     for found in (first, second):
         assert [described(each) for each in found] == [described(each) for each in expected]
@@ -31,7 +31,7 @@ def test_a_functional_operator_gives_new_memory_of_the_same_shape(work):
 
 def test_views_and_changes_in_place_keep_their_memory():
     given = torch.empty(4, 6, device=META)
-    with Recall():
+    with Replay():
         for _ in range(2):
             for found in (given.t(), given[1:], given.view(24), given.detach(), given.add_(1), given.split(2)[1]):
                 assert found.untyped_storage()._cdata == given.untyped_storage()._cdata
@@ -54,6 +54,6 @@ def test_a_step_is_counted_the_same():
             mode.__exit__(None, None, None)
         return counter.peak, counter.flops
 
-    recall = Recall()
+    recall = Replay()
     assert count() == count(recall) == count(recall)
     assert any(known is not None for known in recall._known.values())

@@ -1,4 +1,4 @@
-"""The ways of bench/speed/step_ways.py that hold everything on the device: resident, and plain."""
+"""The ways of bench/speed/step_variants.py that hold everything on the device: resident, and plain."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.speed import random_models, step_ways
-from bench.speed.step_ways import LEARNING_RATE, METHOD, Step, Task, Way, grow, pipeline_of
+from bench.speed import random_models, step_variants
+from bench.speed.step_variants import LEARNING_RATE, METHOD, Step, Task, Way, grow, pipeline_of
 from leapalign.engine.backbones.velocity import evaluation_mode, microbatches, select, velocity
 from leapalign.engine.plan import MemoryPlan
 from leapalign.engine.planning.costs import predict
@@ -26,7 +26,7 @@ class Resident(Way):
     """Weights, gradients, states, VAE and reward on the device; the phases are the engine's."""
 
     def __init__(self, task: Task) -> None:
-        transformer: Any = random_models.transformer(task.sizes, task.device, step_ways.DTYPE)
+        transformer: Any = random_models.transformer(task.sizes, task.device, step_variants.DTYPE)
         transformer.enable_gradient_checkpointing()
         vae = random_models.vae(task.sizes, task.device).to(task.device)
         reward: Any = random_models.reward(task.sizes, task.device)
@@ -135,7 +135,7 @@ def their_adamw(device: torch.device) -> Any:
     """
     from bitsandbytes.optim import AdamW8bit as TheirAdamW8bit
 
-    weight = nn.Parameter(torch.zeros(2**14, dtype=step_ways.DTYPE, device=device))  # below 4,096 it takes 32 bits
+    weight = nn.Parameter(torch.zeros(2**14, dtype=step_variants.DTYPE, device=device))  # below 4,096 it takes 32 bits
     weight.grad = torch.ones_like(weight)
     TheirAdamW8bit([weight], lr=LEARNING_RATE).step()
     if not weight.any():

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 from typing import Any
 
-from bench.speed.throughput_words import told
+from bench.speed.throughput_text import told
 
 Rows = Sequence[Mapping[str, Any]]
 

@@ -17,7 +17,7 @@ T = TypeVar("T")
 Known = dict[Hashable, Any]
 
 
-class Setting:
+class PlannedStep:
     """What bytes (footprint.py) and seconds (traffic.py) of a step are computed from.
 
     Attributes:
