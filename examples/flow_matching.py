@@ -19,9 +19,9 @@ from leapalign.engine.planning.planner import plan_memory
 from leapalign.engine.planning.workload import Budget, Workload
 from leapalign.families.pipeline import load_pipeline
 from leapalign.families.source import resolve_device, resolve_model
+from leapalign.zoo.shapes.pretraining.train_flow import pack
 from leapalign.zoo.shapes.prompts import sample_specs
 from leapalign.zoo.shapes.scenes import render, sample_scenes
-from leapalign.zoo.shapes.pretraining.train_flow import pack
 
 BATCH, RESOLUTION = 16, 32
 
