@@ -21,14 +21,15 @@ def quality(results: Results, *, short: bool = False) -> str:
             continue
         scale, digits, unit = (1, 3, "") if name in ("reward", "colour_entropy_bits") else (100, 1, " %")
         cells = [f"{scale * row[k]['mean']:.{digits}f}{unit}" for k in ("before", "after")]
-        change = f"{scale * row['change']['mean']:+.{digits}f} ± {scale * row['change']['spread']:.{digits}f}"
+        error = scale * row["change"]["spread"] / len(result["seeds"]) ** 0.5
+        change = f"{scale * row['change']['mean']:+.{digits}f} ± {error:.{digits}f}"
         rows.append([_LABELS.get(name, name.replace("_", " ")), *cells, change])
     seeds = result["seeds"]
     pictures = seeds[0]["before"]["prompts"] * seeds[0]["before"]["images_per_prompt"]
     seconds = sum(s["seconds"] for s in seeds) / len(seeds)
     text = (
         f"{len(seeds)} seeds, {seeds[0]['steps']} steps each, {pictures} pictures of held-out prompts a seed. Behind ± "
-        f"is the standard deviation of the change over seeds. {seconds:.0f} s a seed, judging included, with "
+        f"is the standard error of the change over seeds. {seconds:.0f} s a seed, judging included, with "
         f"{threads(result['machine'])}."
     )
     return f"{table(['', 'before', 'after', 'change'], rows)}\n{text} {command([result])}\n"
