@@ -1,7 +1,7 @@
 """The step of `leapalign.kernels.adamw8bit.definition` on the host, in C++ and in one pass over memory: the same bits.
 
 Equations, formats, draws and rounding are those of `adamw8bit.update`, the reference, which also takes over where the
-native module is missing. The C++ is in csrc/adamw8bit.h. All bits are equal, of weights, states and averages, for
+native module is missing. The C++ is in kernels/host/csrc/adamw8bit/. All bits are equal, of weights, states and averages, for
 AVX-512, AVX2 and plain C++ and for any number of threads: values of the maps are looked up, products and sums are not
 contracted, and where the line that gives a code's place leaves doubt, one number in 8192, the code is looked up too.
 (A nan may have another sign and payload.) Subnormals are kept, as there.
