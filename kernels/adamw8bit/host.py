@@ -1,9 +1,10 @@
 """The step of `leapalign.kernels.adamw8bit.definition` on the host, in C++ and in one pass over memory: the same bits.
 
 Equations, formats, draws and rounding are those of `adamw8bit.update`, the reference, which also takes over where the
-native module is missing. The C++ is in kernels/host/csrc/adamw8bit/. All bits are equal, of weights, states and averages, for
-AVX-512, AVX2 and plain C++ and for any number of threads: values of the maps are looked up, products and sums are not
-contracted, and where the line that gives a code's place leaves doubt, one number in 8192, the code is looked up too.
+native module is missing. The C++ is in kernels/host/csrc/adamw8bit/. All bits are equal, of weights, states and
+averages, for AVX-512, AVX2 and plain C++ and for any number of threads: values of the maps are looked up, products
+and sums are not contracted, and where the line that gives a code's place leaves doubt, one number in 8192, the code is
+looked up too.
 (A nan may have another sign and payload.) Subnormals are kept, as there.
 
 Bytes an element, bf16 weights: 10.06 with a bf16 gradient, 12.06 with an fp32 one, 8.06 with factors; more where the
