@@ -40,4 +40,4 @@ def test_every_room_is_there() -> None:
         first, *others = re.findall(r"`([\w/]+)/`", cell)
         layer = first.partition("/")[0]
         for folder in (first, *(f"{layer}/{other}" for other in others)):
-            assert (ROOT / folder / "__init__.py").is_file(), folder
+            assert (ROOT / folder / "__init__.py").is_file(), f"docs/architecture.md: there is no {folder}/__init__.py"

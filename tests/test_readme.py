@@ -14,7 +14,7 @@ import torch
 
 import leapalign
 from bench.__main__ import COMMANDS as BENCH
-from leapalign.commands.main import _commands
+from leapalign.commands.main import _commands, _parser
 from leapalign.config.loading import load_config, split_overrides
 from leapalign.data.embeddings import embed_prompts
 from leapalign.families.pipeline import load_pipeline
@@ -24,6 +24,15 @@ from leapalign.method.draws import draw_noise
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 PROMPTS = ["a red circle", "two blue squares", "a green cross", "a blue triangle"]
+
+
+class Net(torch.nn.Module):
+    """A stem, blocks and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.out = torch.nn.Linear(4, 8), torch.nn.Linear(8, 1)
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(8, 8) for _ in range(3))
 
 
 def fenced(path: Path, language: str = "") -> list[str]:
@@ -45,6 +54,12 @@ def readers_names() -> dict[str, Any]:
         "timestep": torch.ones(len(PROMPTS)),
         "sigmas": pipeline.sigmas(3, 32),
         "reward": lambda latents: latents.mean((1, 2)),
+        "velocity": lambda x, s: -x * s[:, None, None],
+        "k": torch.full((len(PROMPTS),), 0.75),
+        "j": torch.full((len(PROMPTS),), 0.25),
+        **{f"rollout_{name}": (noise * scale).requires_grad_() for name, scale in (("k", 0.9), ("j", 0.5), ("0", 0.1))},
+        "net": Net(),
+        "batch": torch.ones(2, 4),
     }
 
 
@@ -52,8 +67,9 @@ def test_readme_takes_two_minutes() -> None:
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/embedding.md"])
-def test_snippets_run_as_printed(page: str, readers_names: dict[str, Any]) -> None:
+@pytest.mark.parametrize("page", ["README.md", "docs/embedding.md", "docs/methods.md"])
+def test_snippets_run_as_printed(page: str, readers_names: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
     snippets = fenced(ROOT / page, "python")
     assert snippets
     before = {name: p.detach().clone() for name, p in readers_names["transformer"].named_parameters()}
@@ -63,32 +79,41 @@ def test_snippets_run_as_printed(page: str, readers_names: dict[str, Any]) -> No
         after = dict(readers_names["model"].named_parameters())
         assert any(not torch.equal(after[name], value) for name, value in before.items()), "nothing was updated"
         readers_names["model"].close()
-    else:
+    if page == "docs/embedding.md":
+        assert readers_names["rollout_k"].grad.any() and readers_names["rollout_j"].grad is None
+        assert all(each.grad is not None for each in readers_names["net"].parameters())
+        readers_names["wrapped"].close()
         streamed, plain = readers_names["streamed"].grads, readers_names["result"].grads
         assert all(torch.isfinite(each).all() for each in streamed.values()) and streamed.keys() == plain.keys()
 
 
-def commands(program: str) -> list[tuple[str, list[str]]]:
-    """(page, words) of every line of a fenced block that begins with the program."""
+def commands() -> list[tuple[str, list[str]]]:
+    """(page, words behind `leapalign`) of code that begins with it: lines of fenced blocks, and spans within a line."""
     found = []
     for page in PAGES:
-        for block in fenced(page):
-            for line in block.replace("\\\n", " ").splitlines():
-                words = shlex.split(line, comments=True)
-                if words[: len(program.split())] == program.split():
-                    found.append((page.name, words[len(program.split()) :]))
+        text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+        inline = re.findall(r"`(leapalign [a-z][^`]*)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+        lines = [line.strip() for block in re.findall(r"```\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
+        for line in (*inline, *lines):
+            if line.startswith("leapalign "):
+                found.append((page.name, shlex.split(line, comments=True)[1:]))
     return found
 
 
 def test_every_command_of_ours_is_accepted() -> None:
-    known, lines = _commands(), commands("leapalign")
-    assert len(lines) > 6
-    for page, (name, *rest) in lines:
+    """By the parser and the config; the files that they name are the reader's."""
+    known = _commands()
+    parser = _parser(known)
+    assert {"doctor", "plan", "align"} <= {words[0] for _, words in commands()}
+    for page, (name, *rest) in commands():
         assert name in known, f"{page}: leapalign {name}"
-        if known[name].TAKES_CONFIG:
-            others, overrides = split_overrides(rest, reserved=["help", *known[name].OPTIONS])
-            config = next(word for word in others if not word.startswith("--"))
-            load_config("shapes" if config.endswith(".yaml") else config, [*overrides, "--train_prompts=a.txt"])
+        if "--help" in rest:
+            continue
+        others, overrides = split_overrides(rest, reserved=[*known[name].OPTIONS])
+        options = parser.parse_args([name, *others])
+        if known[name].TAKES_CONFIG and options.config:
+            config = "shapes" if options.config.endswith(".yaml") else options.config
+            load_config(config, [*overrides, "--train_prompts=a.txt"])
 
 
 def test_every_benchmark_exists() -> None:

@@ -41,7 +41,7 @@ from leapalign.kernels.adamw8bit import host as host_adamw8bit
 from leapalign.kernels.adamw8bit.definition import Hyper
 from leapalign.kernels.adamw8bit.device import expand, update_outer, update_triton
 from leapalign.kernels.adamw8bit.quantize import blocks_of
-from leapalign.method.draws import draw_noise, draw_pairs
+from leapalign.method.draws import draw_noise, draw_steps
 from leapalign.method.leapalign import LeapAlign
 
 Row = dict[str, Any]  # "key", "passed", and what was found
@@ -257,7 +257,7 @@ def _gradients(
         torch.tensor(SIGMAS),
         lambda latents: torch.tanh(latents).flatten(1).mean(1),
         LeapAlign(alpha=0.3, tau=0.1, threshold=10.0),
-        pairs=draw_pairs(0, 0, range(BATCH), len(SIGMAS) - 1),
+        pairs=draw_steps(LeapAlign(), 0, 0, range(BATCH), len(SIGMAS) - 1),
         executor=executor,
     )
     if isinstance(model, StreamedModel):

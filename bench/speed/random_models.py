@@ -23,9 +23,9 @@ from leapalign.engine.streaming.partition import default_dtype
 from leapalign.families.autoencoder import PUBLISHED as VAE
 from leapalign.families.flux import FLUX1_DEV
 from leapalign.planning.reward_loads import count_reward
-from leapalign.rewards import RewardModel
 from leapalign.rewards.clip import ClipReward
 from leapalign.rewards.pickscore import PUBLISHED as PICKSCORE_TOWER
+from leapalign.rewards.protocol import RewardModel
 from leapalign.zoo.shapes import PIPELINE_FOLDER
 from leapalign.zoo.shapes.reward import load_shapes_reward
 

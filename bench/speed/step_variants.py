@@ -31,13 +31,14 @@ from leapalign.engine.planning.costs import predict
 from leapalign.engine.planning.planner import Planner
 from leapalign.engine.planning.workload import DEVICE_BASE, Budget, Machine, Workload
 from leapalign.engine.streaming.partition import meta_transformer
+from leapalign.families import flux
 from leapalign.families.pipeline import FlowPipeline
 from leapalign.gradients import alignment_gradients
-from leapalign.method.draws import draw_noise, draw_pairs
+from leapalign.method.draws import draw_noise, draw_steps
 from leapalign.method.leapalign import LeapAlign
 from leapalign.method.task import timed
 from leapalign.planning.workload import SLACK
-from leapalign.rewards import LatentReward
+from leapalign.rewards.latent import LatentReward
 
 DTYPE = torch.bfloat16
 METHOD = LeapAlign(alpha=0.1, tau=0.1, threshold=10.0)
@@ -148,7 +149,7 @@ class Way(ABC):
             "sigmas": pipeline.sigmas(steps, task.resolution),
             "reward": LatentReward(pipeline, self.reward, random_models.prompts(task.batch)),
             "method": METHOD,
-            "pairs": draw_pairs(SEED, number, range(task.batch), steps),
+            "pairs": draw_steps(LeapAlign(), SEED, number, range(task.batch), steps),
         }
 
 
@@ -157,7 +158,7 @@ def pipeline_of(task: Task, transformer: Any, vae: Any) -> FlowPipeline:
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     scheduler = FlowMatchEulerDiscreteScheduler.from_config(dict(task.sizes.scheduler))
-    return FlowPipeline(transformer, vae, scheduler, "random")
+    return FlowPipeline(transformer, vae, scheduler, "random", flux.family)
 
 
 # ---- streamed ------------------------------------------------------------------------------------------------------

@@ -33,10 +33,11 @@ from leapalign.engine.plan import MemoryPlan
 from leapalign.engine.streaming.gradients import Sink
 from leapalign.families.pipeline import load_pipeline
 from leapalign.gradients import alignment_gradients
-from leapalign.method.draws import draw_noise, draw_pairs, draw_prompts
+from leapalign.method.draws import draw_noise, draw_prompts, draw_steps
 from leapalign.method.leapalign import LeapAlign
 from leapalign.planning.configured import configured_reward, prompt_store
-from leapalign.rewards import LatentReward, RewardModel
+from leapalign.rewards.latent import LatentReward
+from leapalign.rewards.protocol import RewardModel
 
 BATCH, ROLLOUT_STEPS = 2, 3
 ALPHA, TAU = 0.3, 0.1
@@ -151,7 +152,7 @@ def train(
                         sigmas,
                         LatentReward(pipeline, task.reward, texts),
                         LeapAlign(change.alpha, TAU, THRESHOLD),
-                        pairs=draw_pairs(SEED, step, range(BATCH), ROLLOUT_STEPS),
+                        pairs=draw_steps(LeapAlign(), SEED, step, range(BATCH), ROLLOUT_STEPS),
                         executor="streamed",
                         sink=_Between(sink, change, step),
                     )

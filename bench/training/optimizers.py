@@ -30,10 +30,10 @@ from leapalign.config.loading import load_config
 from leapalign.data.prompts import load_prompts
 from leapalign.families.pipeline import FlowPipeline, load_pipeline
 from leapalign.gradients import alignment_gradients
-from leapalign.method.draws import draw_noise, draw_pairs, draw_prompts
+from leapalign.method.draws import draw_noise, draw_prompts, draw_steps
 from leapalign.method.leapalign import LeapAlign
 from leapalign.planning.configured import configured_reward, prompt_store
-from leapalign.rewards import LatentReward
+from leapalign.rewards.latent import LatentReward
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -104,7 +104,7 @@ def _gradients(
         pipeline.sigmas(config.num_inference_steps, config.resolution),
         reward,
         LeapAlign(config.alpha, config.tau, config.threshold),
-        pairs=draw_pairs(config.seed, step, samples, config.num_inference_steps),
+        pairs=draw_steps(LeapAlign(), config.seed, step, samples, config.num_inference_steps),
     )
     return float(result.rewards.mean()), result.grads
 

@@ -17,6 +17,7 @@ TAKES_CONFIG = True
 
 
 def run(_: argparse.Namespace, config: AlignConfig) -> int:
+    """Check what can be checked without torch, then train; the exit code says whether it was interrupted."""
     checkpoint = check_output_dir(config)
     load_prompts(config.train_prompts, key="train_prompts")
     if config.validation_prompts is not None:

@@ -29,6 +29,7 @@ MOST_SECONDS = 60  # of a measurement: beyond, nothing is more certain
 
 
 def run(options: argparse.Namespace) -> int:
+    """Measure, print, and write the JSON where --output says."""
     seconds, output = options.seconds, options.output and Path(options.output)
     if not 0 < seconds <= MOST_SECONDS:  # nan is neither
         raise UsageError(f"--seconds {seconds}: give more than 0 and at most {MOST_SECONDS}")

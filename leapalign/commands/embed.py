@@ -16,6 +16,7 @@ TAKES_CONFIG = True
 
 
 def run(_: argparse.Namespace, config: AlignConfig) -> int:
+    """Encode the prompts of training and validation that are not cached."""
     prompts = load_prompts(config.train_prompts, key="train_prompts")
     if config.validation_prompts is not None:
         prompts += load_prompts(config.validation_prompts, key="validation_prompts")

@@ -24,6 +24,7 @@ TAKES_CONFIG = True
 
 
 def run(options: argparse.Namespace, config: AlignConfig) -> int:
+    """Print the scores as a table or JSON."""
     if options.prompts is None:
         prompts = load_prompts(config.validation_prompts, key="validation_prompts")
     else:

@@ -26,6 +26,7 @@ TAKES_CONFIG = True
 
 
 def run(options: argparse.Namespace, config: AlignConfig) -> int:
+    """Print the plan as a table or JSON."""
     quiet()
     from leapalign.engine.planning.workload import Machine
     from leapalign.planning.report import plan_command

@@ -32,6 +32,7 @@ TAKES_CONFIG = True
 
 
 def run(options: argparse.Namespace, config: AlignConfig) -> int:
+    """Check the arguments, then draw."""
     if not options.prompt:
         raise UsageError("sample needs a prompt: --prompt TEXT, repeated for more")
     prompts = [prompt.text for prompt in load_prompts(options.prompt, key="--prompt")]

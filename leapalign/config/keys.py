@@ -23,6 +23,7 @@ from pydantic import (
 
 from leapalign.engine.memory.sizes import parse_bytes
 from leapalign.extensions import names
+from leapalign.rewards import REWARDS
 
 
 class _Section(BaseModel):
@@ -83,7 +84,7 @@ class MethodKeys(_Section):
     """Euler steps of the training rollout; two of them are the leaps, so 2 or more."""
     guidance_scale: NonNegativeFloat = 3.5
     """Guidance given to the transformer (FLUX.1-dev's embedded guidance)."""
-    reward: str = Field("pickscore", examples=["shapes", "pickscore", "clipscore"])
+    reward: str = Field("pickscore", examples=[*REWARDS])
     """Differentiable reward: shapes (packaged, for the shapes pipeline), pickscore, clipscore, or module:name."""
     reward_model_name_or_path: str | None = None
     """Folder or hub id of the reward's CLIP model; null takes the published one."""
@@ -209,7 +210,7 @@ class AlignConfig(ValidationKeys, OutputKeys, OptimizerKeys, MethodKeys, DataKey
     @field_validator("reward")
     @classmethod
     def _known_reward(cls, value: str) -> str:
-        known = names("rewards", dict.fromkeys(_schema()["reward"]["examples"], ""))
+        known = names("rewards", REWARDS)
         if value not in known and ":" not in value:
             raise ValueError(f"reward = {value!r}: expected one of {', '.join(known)}, or module:name")
         return value

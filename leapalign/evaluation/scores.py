@@ -24,7 +24,7 @@ from leapalign.families.pipeline import FlowPipeline
 from leapalign.method.draws import draw_noise
 from leapalign.method.trajectory import rollout
 from leapalign.planning.configured import configured_pipeline, configured_reward, prompt_store
-from leapalign.rewards import RewardModel
+from leapalign.rewards.protocol import RewardModel
 
 SHOWN = 12  # pictures kept to look at
 

@@ -27,8 +27,11 @@ def trained() -> list[Family]:
 
 
 def of_pipeline(pipeline_class: str | None) -> Family | None:
-    """The family whose pipelines have this `_class_name` in model_index.json; None if nothing trains them."""
-    return next((each for each in trained() if each.pipeline_class == pipeline_class), None)
+    """The family whose pipelines have this `_class_name` in model_index.json; None if nothing trains them.
+
+    Without a class name it is the first one, which is FLUX.
+    """
+    return next((each for each in trained() if pipeline_class in (None, each.pipeline_class)), None)
 
 
 def of_transformer(config: Any) -> Shapes | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from leapalign.engine.memory.module_visit import visiting
 from leapalign.engine.model import StreamedModel
 from leapalign.engine.plan import MemoryPlan
 from leapalign.errors import UsageError
-from leapalign.families import autoencoder, flux
+from leapalign.families import autoencoder
 from leapalign.families.protocol import Family
 from leapalign.families.source import family_of, resolve_model
 
@@ -42,7 +42,7 @@ class FlowPipeline:
     vae: AutoencoderKL
     scheduler: FlowMatchEulerDiscreteScheduler
     source: Path | str
-    family: Family = field(default=flux.family)
+    family: Family
 
     @property
     def device(self) -> torch.device:

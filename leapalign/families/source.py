@@ -62,7 +62,7 @@ def resolve_model(name: str) -> Path | str:
 
 
 def family_of(source: Path | str, name: str | None = None) -> Family:
-    """The family of a pipeline's folder or hub id, by its model_index.json; of one without such a file FLUX.
+    """The family of a pipeline's folder or hub id, by its model_index.json; without one that of `of_pipeline(None)`.
 
     Args:
         name: as the user gave it, for the message.
@@ -70,7 +70,7 @@ def family_of(source: Path | str, name: str | None = None) -> Family:
     Raises:
         UsageError: a pipeline that is not trained.
     """
-    kind: str | None = "FluxPipeline"
+    kind: str | None = None
     if isinstance(source, Path) and (source / "model_index.json").is_file():
         kind = json.loads((source / "model_index.json").read_text(encoding="utf-8")).get("_class_name")
     elif isinstance(source, str):
@@ -132,11 +132,11 @@ def _from_hub(name: str, part: str) -> Mapping[str, Any]:
 
 @functools.cache
 def _hub_class(name: str) -> str | None:
-    """`_class_name` of a hub id's model_index.json; FLUX's where the hub cannot be asked: loading says why."""
+    """`_class_name` of a hub id's model_index.json; None where the hub cannot be asked: loading says why."""
     from diffusers import DiffusionPipeline
 
     try:
         found: str | None = DiffusionPipeline.load_config(name).get("_class_name")
     except (OSError, ValueError):
-        return "FluxPipeline"
+        return None
     return found

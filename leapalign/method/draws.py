@@ -30,27 +30,14 @@ def draw_noise(seed: int, step: int, samples: Sequence[int], shape: Sequence[int
     return torch.stack(rows) if rows else torch.empty(0, *shape)
 
 
-def draw_pairs(seed: int, step: int, samples: Sequence[int], num_steps: int) -> Tensor:
-    """The two leap steps of each sample, uniform over the unordered pairs of distinct rollout steps.
-
-    Returns:
-        (len(samples), 2) int64 step indices, k_index < j_index < num_steps: k is the earlier, noisier step.
-    """
-    count = _count_pairs(num_steps)
-    ranks = [
-        torch.randint(count, (1,), generator=sample_generator(seed, step, sample, "pairs")).item() for sample in samples
-    ]
-    return unrank_pairs(torch.tensor(ranks, dtype=torch.int64), num_steps)
-
-
 def draw_steps(method: Method, seed: int, step: int, samples: Sequence[int], num_steps: int) -> Tensor:
-    """(len(samples), method.legs) rollout steps at which each sample is differentiated; of LeapAlign `draw_pairs`."""
+    """(len(samples), method.legs) rollout steps at which each sample is differentiated, drawn as the method draws."""
     rows = [method.draw(1, num_steps, sample_generator(seed, step, sample, "pairs")) for sample in samples]
     return torch.cat(rows) if rows else torch.empty(0, method.legs, dtype=torch.int64)
 
 
 def random_pairs(batch: int, num_steps: int, generator: torch.Generator) -> Tensor:
-    """(batch, 2) pairs like `draw_pairs`, from a generator of the caller's; on the generator's device."""
+    """(batch, 2) pairs k_index < j_index < num_steps, uniform over the unordered pairs; on the generator's device."""
     ranks = torch.randint(_count_pairs(num_steps), (batch,), generator=generator, device=generator.device)
     return unrank_pairs(ranks, num_steps)
 

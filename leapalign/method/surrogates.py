@@ -7,7 +7,7 @@ legs, so a method is one file (a frozen dataclass and a function) and the execut
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -49,7 +49,6 @@ class Surrogate:
     d_0: Tensor
 
 
-@runtime_checkable
 class Method(Protocol):
     """A direct-gradient method: where it differentiates, and with which legs. Its settings are its fields."""
 

@@ -16,7 +16,8 @@ from leapalign.families.pipeline import FlowPipeline, load_pipeline
 from leapalign.families.source import resolve_device, resolve_model
 from leapalign.kernels.dispatch import allow
 from leapalign.planning.workload import plan_run, run_budget, sampling_workload
-from leapalign.rewards import RewardModel, load_reward
+from leapalign.rewards.loading import load_reward
+from leapalign.rewards.protocol import RewardModel
 
 if TYPE_CHECKING:
     from leapalign.config.keys import AlignConfig
@@ -83,4 +84,5 @@ def configured_reward(config: AlignConfig) -> RewardModel:
     Raises:
         UsageError: its files are not there.
     """
-    return load_reward(config, resolve_device(config.device if config.executor == "autograd" else "cpu"))
+    device = resolve_device(config.device if config.executor == "autograd" else "cpu")
+    return load_reward(config.reward, config.reward_model_name_or_path, device)

@@ -14,8 +14,8 @@ from leapalign.engine.planning.counting import Counting, DeviceCounter, gpu_oper
 from leapalign.engine.planning.replay import Replay
 from leapalign.engine.planning.workload import RewardLoad
 from leapalign.families.source import vae_config
-from leapalign.rewards import tower_of
 from leapalign.rewards.clip import preprocess
+from leapalign.rewards.loading import tower_of
 
 if TYPE_CHECKING:
     from leapalign.config.keys import AlignConfig
@@ -33,7 +33,7 @@ def reward_loads(config: AlignConfig, *, gradients: bool = True) -> tuple[Reward
     Raises:
         UsageError: their shapes are not known.
     """
-    vae, clip = json.dumps(dict(vae_config(config))), tower_of(config)
+    vae, clip = json.dumps(dict(vae_config(config))), tower_of(config.reward, config.reward_model_name_or_path)
     sizes = None if clip is None else (clip.parameters, json.dumps(dict(clip.vision)))
     ways = (False, True) if gradients else (False,)
     return tuple(count_reward(vae, sizes, config.resolution, checkpointed, gradients) for checkpointed in ways)

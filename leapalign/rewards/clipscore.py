@@ -25,8 +25,6 @@ PUBLISHED = Tower(
 class ClipScore:
     """See `leapalign.rewards.protocol.Reward`."""
 
-    takes_model = True
-
     def load(self, name: str | None, device: torch.device) -> RewardModel:
         """The model of this folder or hub id."""
         return load_clip_reward(name or CLIPSCORE, "logits", device=device)

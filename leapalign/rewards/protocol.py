@@ -34,13 +34,7 @@ class Tower:
 
 
 class Reward(Protocol):
-    """A reward by its name: the one object of its file.
-
-    Attributes:
-        takes_model: whether `reward_model_name_or_path` may name its weights.
-    """
-
-    takes_model: bool
+    """A reward by its name: the one object of its file."""
 
     def load(self, name: str | None, device: torch.device) -> RewardModel:
         """The frozen model, in float32.

@@ -12,8 +12,6 @@ from leapalign.zoo.shapes.reward import load_shapes_reward
 class Shapes:
     """See `leapalign.rewards.protocol.Reward`."""
 
-    takes_model = False
-
     def load(self, name: str | None, device: torch.device) -> RewardModel:
         """The packaged model."""
         try:

@@ -25,7 +25,8 @@ from leapalign.method.leapalign import LeapAlign
 from leapalign.method.task import GradientResult
 from leapalign.planning.configured import configured_pipeline, configured_reward, prompt_store
 from leapalign.planning.run_plan import RunPlan, memory_error, plan_of_run
-from leapalign.rewards import LatentReward, RewardModel
+from leapalign.rewards.latent import LatentReward
+from leapalign.rewards.protocol import RewardModel
 from leapalign.run.interruption import Interruption
 from leapalign.run.model_card import model_card
 from leapalign.run.state import TrainState, check_format, learning_rate, read_state

@@ -12,7 +12,7 @@ from leapalign.engine.memory.checkpoint import write_atomically
 from leapalign.evaluation.pictures import before_after, grid, save
 from leapalign.evaluation.scores import Embeddings, Evaluation, evaluate
 from leapalign.families.pipeline import FlowPipeline
-from leapalign.rewards import RewardModel
+from leapalign.rewards.protocol import RewardModel
 from leapalign.run.tracking import Tracking
 
 BASE_FILE = "step-000000.safetensors"

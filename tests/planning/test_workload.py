@@ -20,7 +20,8 @@ from leapalign.families.source import transformer_config, vae_config
 from leapalign.planning import workload as planning
 from leapalign.planning.reward_loads import count_reward, reward_loads
 from leapalign.planning.workload import plan_run, planner_of, run_budget, sampling_workload, workload_of
-from leapalign.rewards import clipscore, tower_of
+from leapalign.rewards import clipscore
+from leapalign.rewards.loading import tower_of
 
 GIB = 2**30
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -247,14 +248,14 @@ def test_a_clip_model_in_a_folder_is_read(tmp_path):
     )  # fmt: skip
     config.save_pretrained(tmp_path)
     run = small("--reward=clipscore", f"--reward_model_name_or_path={tmp_path}")
-    found = tower_of(run)
+    found = tower_of(run.reward, run.reward_model_name_or_path)
     assert found is not None
     assert found.parameters == sum(each.numel() for each in CLIPModel(config).parameters())
     assert found.vision["num_hidden_layers"] == 2
     plain, scored = reward_loads(small())[0], reward_loads(run)[0]
     assert scored.weight_bytes - plain.weight_bytes == 4 * found.parameters
     assert scored.blocks - plain.blocks == 2 and scored.flops > plain.flops
-    assert tower_of(small()) is None
+    assert tower_of(small().reward, None) is None
 
 
 def test_shapes_that_are_nowhere_are_told(tmp_path, monkeypatch):
